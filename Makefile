@@ -1,0 +1,35 @@
+# Two commands do everything, the installation included: `make quickstart` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.PHONY: help install quickstart test nbs clean-venv
+help:
+	@echo "make quickstart   install, then pre-train AE and VTP on the offline default and show what they learned (about 5 minutes on 2 cores)"
+	@echo "make test         install, then run every test"
+	@echo "make install      only create .venv and install into it"
+	@echo "make nbs          run every notebook in nbs/ in place (outputs kept), clean and export"
+
+# Installed once: the stamp is newer than the files that name the dependencies.
+$(STAMP): settings.ini setup.py
+	@$(PYTHON) -c 'import sys; v=sys.version_info; sys.exit(v < (3, 11) and f"vtp needs Python >= 3.11, this is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q uv
+	$(BIN)/uv pip install -q --python $(BIN)/python --compile-bytecode -e ".[dev]"
+	@touch $(STAMP)
+
+install: $(STAMP)
+
+quickstart: $(STAMP)
+	$(BIN)/papermill experiments/quickstart.ipynb data/quickstart.ipynb --cwd . --no-progress-bar --log-output -p scale cpu
+	@echo "The executed notebook, with its pictures: data/quickstart.ipynb"
+	@echo "Open it with: $(BIN)/jupyter lab data/quickstart.ipynb"
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal tests
+
+nbs: $(STAMP)
+	$(BIN)/python tools/run_nbs.py nbs/*.ipynb
+	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_clean --fname experiments
+	$(BIN)/nbdev_export
