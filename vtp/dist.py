@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['alone', 'rank', 'world', 'is_main', 'device', 'sum_ranks', 'any_rank', 'gather', 'gather_objects', 'barrier', 'wrap',
-           'unwrap', 'session', 'start', 'hello', 'fail_on']
+           'unwrap', 'session', 'cores', 'start', 'hello', 'fail_on']
 
 # %% ../nbs/01_dist.ipynb #0a033fe2
 import os
@@ -119,11 +119,21 @@ def session(timeout_s:float=1800):
     yield
     torch_dist.destroy_process_group()
 
+@contextmanager
+def cores(spare:int=0):
+    """Give torch this rank's share of the machine's cores less `spare` (loader workers), at least one; more threads than cores wait for each other.
+
+    A smaller OMP_NUM_THREADS is respected, and the number of threads is as before afterwards."""
+    before, ranks = torch.get_num_threads(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    share = max(1, len(os.sched_getaffinity(0)) // ranks - spare)
+    torch.set_num_threads(min(share, int(os.environ.get("OMP_NUM_THREADS", share))))
+    try: yield
+    finally: torch.set_num_threads(before)
+
 @record
 def _join(fn, args):
     "In a started process: share the cores, join the group, work."
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
-    with session(): return fn(*args)
+    with session(), cores(): return fn(*args)
 
 # %% ../nbs/01_dist.ipynb #d20291e9
 @contextmanager

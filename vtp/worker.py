@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from . import __version__
-from .dist import barrier, is_main, session, world
+from .dist import barrier, cores, is_main, session, world
 from .run import Run, locked, write_text
 
 # %% ../nbs/04_worker.ipynb #c728cd89
@@ -30,7 +30,7 @@ def environment() -> dict:
 def work(path:str) -> bool:
     "Call the job whose run directory is `path`, in this rank of the running group; whether it finished."
     run = Run(path)
-    with locked(run) if is_main() else nullcontext():
+    with locked(run) if is_main() else nullcontext(), cores(spare=run.machine.workers):
         if is_main(): write_text(run.path / "env.json", json.dumps(environment(), indent=1))
         barrier()
         finished = run.job(run)
