@@ -1,0 +1,23 @@
+"""What every test shares: small threads, an own place for runs and caches, the real data if they are there."""
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def own_runs(tmp_path, monkeypatch):
+    "Runs of a test never meet those of a user."
+    monkeypatch.setenv("VTP_RUNS", str(tmp_path / "runs"))
+
+
+@pytest.fixture
+def shared():
+    "The folder of real images beside the repository."
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.exists():
+        pytest.skip("needs ../shared/data, the real images (never part of the repository)")
+    return folder

@@ -1,0 +1,79 @@
+"""Every notebook runs, is clean, and exports exactly the package; every experiment runs at its smallest."""
+import ast
+import json
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+from nbdev.clean import clean_nb
+from nbdev.config import get_config
+from nbdev.export import nb_export
+from nbdev.test import test_nb as run_nb
+from execnb.nbio import read_nb
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+EXPERIMENTS = sorted((ROOT / "experiments").glob("*.ipynb"))
+
+
+@pytest.fixture(autouse=True)
+def own_state():
+    "A notebook in this process must not leave figures or environment variables to the next one."
+    import os
+
+    import matplotlib.pyplot as plt
+    import torch
+
+    before, dtype = dict(os.environ), torch.get_default_dtype()
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+    torch.set_default_dtype(dtype)
+    plt.close("all")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_nbs(path):
+    assert run_nb(path, skip_flags=get_config().tst_flags.split(), basepath=ROOT)[0]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
+def test_experiments(path, tmp_path):
+    papermill.execute_notebook(path, tmp_path / path.name, dict(scale="smoke"), kernel_name="python3", cwd=tmp_path, progress_bar=False)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_export_leaves_no_difference(path, tmp_path):
+    nb_export(path, lib_path=tmp_path)
+    exported = [p for p in tmp_path.rglob("*.py") if p.name not in ("__init__.py", "_modidx.py")]
+    assert len(exported) == 1
+    assert exported[0].read_text() == (ROOT / "vtp" / exported[0].relative_to(tmp_path)).read_text()
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *EXPERIMENTS], ids=lambda p: p.stem)
+def test_notebook_is_clean(path):
+    cleaned = read_nb(path)
+    clean_nb(cleaned, allowed_cell_metadata_keys=["tags"])
+    assert json.loads(json.dumps(cleaned)) == json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_opens_with_title_and_subtitle(path):
+    first = nbformat.read(path, as_version=4).cells[0]
+    lines = first.source.splitlines()
+    assert first.cell_type == "markdown" and lines[0].startswith("# ") and lines[2].startswith("> ")
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
+def test_experiments_are_thin(path):
+    code = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    tree = ast.parse("\n".join(c.source for c in code))
+    assert len(code) <= 7
+    assert "parameters" in code[0].metadata.get("tags", [])
+    assert not any(isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)) for n in ast.walk(tree))
+    names = [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names] + [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+    assert not any(name.split(".")[0] == "torch" for name in names)
+    assert not any(c.outputs for c in code), "experiments are committed without outputs; executed copies live in data/reports"

@@ -1,0 +1,57 @@
+"""The smallest real job with all three objectives: what the tests of the engine train."""
+from vtp.data.augment import CropConfig
+from vtp.data.shapes import Shapes
+from vtp.dist import rank, sum_ranks, world, wrap
+from vtp.data.batch_sampling import Batches
+from vtp.job import Machine
+from vtp.objectives.contrastive import Contrastive
+from vtp.objectives.reconstruction import Reconstruction
+from vtp.objectives.self_supervised import SelfSupervised
+from vtp.optim import OptimConfig
+from vtp.perceptual import PerceptualConfig
+from vtp.pretrain import DTYPES, Pretrain, to_device
+from vtp.text import TextConfig
+from vtp.tokenizers.vit import ViTTokenizerConfig
+from vtp.vit import ViTConfig
+
+HERE = Machine(workers=0, device="cpu")
+PART = ViTConfig(width=32, depth=2, heads=2, patch=4, layer_scale=0.2)
+TOKENIZER = ViTTokenizerConfig(16, PART, PART, latent=8)
+
+
+def clip(**changes):
+    return Contrastive(**{**dict(batch=16, text=TextConfig(32, 1, 2, dim=32), crop=CropConfig(16)), **changes})
+
+
+def ssl(**changes):
+    base = dict(batch=8, patch=4, crop=CropConfig(16, (0.32, 1.0), flip=0.5), local=CropConfig(8, (0.05, 0.32), flip=0.5), locals=2,
+                prototypes=32, head_hidden=32, head_bottleneck=16, drop=0.1)
+    return SelfSupervised(**{**base, **changes})
+
+
+def rec(**changes):
+    base = dict(batch=8, weight=1.0, mse=2.0, crop=CropConfig(16), perceptual=PerceptualConfig(kind="random_features"))
+    return Reconstruction(**{**base, **changes})
+
+
+def job(objectives=None, **changes):
+    base = dict(tokenizer=TOKENIZER, pairs=Shapes(count=64, size=16), objectives=objectives or (clip(), ssl(), rec()), steps=12,
+                optim=OptimConfig(2e-3, warmup_steps=4), dtype="fp32", log_every=5)
+    return Pretrain(**{**base, **changes})
+
+
+def one_step(text, step=0):
+    "In every rank: losses (means over ranks), gradients (averaged by DDP) and masked patches of this rank, of the first step of a job."
+    from vtp.config import loads
+
+    config = loads(text)
+    where = DTYPES[config.dtype]
+    batch = Batches(config.pairs, config.objectives, config.seed, config.steps, rank(), world())[step]
+    model = config.build().train()
+    views = to_device({name: batch[name] for name in config.weights}, "cpu", where)
+    wrapped = wrap(model)
+    losses = wrapped(views)
+    sum(config.weights[name] * loss for name, loss in losses.items()).backward()
+    masked = int(views["ssl"]["masked_weight"].gt(0).sum()) if "ssl" in views else 0
+    return ({name: float(sum_ranks(loss) / world()) for name, loss in losses.items()},
+            {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, masked)
