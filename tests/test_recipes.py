@@ -7,7 +7,24 @@ from vtp.config import digest, dumps, loads
 from vtp.recipes import AE, CLIP_AE, SCALES, SSL_AE, VTP, at, measure, sources
 
 RECIPES = dict(AE=AE, CLIP_AE=CLIP_AE, SSL_AE=SSL_AE, VTP=VTP)
-PINNED = {}
+PINNED = {
+    ("AE", "smoke"): "1202d3db14",
+    ("AE", "cpu"): "26ffe75f79",
+    ("AE", "mini"): "67d78430fe",
+    ("AE", "paper"): "2b4d332a8a",
+    ("CLIP_AE", "smoke"): "ad83d3d06d",
+    ("CLIP_AE", "cpu"): "3f988489c3",
+    ("CLIP_AE", "mini"): "e64e6129a9",
+    ("CLIP_AE", "paper"): "1f46953cc2",
+    ("SSL_AE", "smoke"): "7fb1ead5a4",
+    ("SSL_AE", "cpu"): "86fa053cff",
+    ("SSL_AE", "mini"): "4b4f0a7c7d",
+    ("SSL_AE", "paper"): "09f1e0dc83",
+    ("VTP", "smoke"): "ee9ca71f4c",
+    ("VTP", "cpu"): "c09af3cfa9",
+    ("VTP", "mini"): "95b9490da0",
+    ("VTP", "paper"): "38ce6531fc",
+}
 
 
 @pytest.mark.parametrize("scale", SCALES)

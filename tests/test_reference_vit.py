@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vtp.vit import ViT, ViTConfig, rope_table
+from vtp.rope import rope_table
+from vtp.vit import ViT, ViTConfig
 
 WIDTH, HEADS, DEPTH = 128, 2, 3
 PLACES = {"dinov3": ("DINOV3_REFERENCE", "dinov3/models/vision_transformer.py", "dinov3.models.vision_transformer"),
@@ -88,7 +89,7 @@ def test_rope_table(reference, grid, normalize):
     for rope, dtype, exact in (("bf16", torch.bfloat16, True), ("fp32", torch.float32, False)):
         theirs, ours, _ = _pair(reference, rope=rope, normalize=normalize)
         sin, cos = theirs.rope_embed(H=grid[0], W=grid[1])
-        our_cos, our_sin = rope_table(ours.config, *grid, 0, dtype, torch.device("cpu"))
+        our_cos, our_sin = rope_table(ours.config.rope, *grid, 0, dtype, torch.device("cpu"))
         our_sin = torch.cat([-our_sin[:, :our_sin.shape[1] // 2], our_sin[:, our_sin.shape[1] // 2:]], 1)     # ours holds the rotation's sign
         if exact: assert torch.equal(our_cos, cos) and torch.equal(our_sin, sin)
         else: assert torch.allclose(our_cos, cos, atol=5e-6) and torch.allclose(our_sin, sin, atol=5e-6)

@@ -9,7 +9,7 @@ from vtp.objectives.reconstruction import Reconstruction
 from vtp.objectives.self_supervised import SelfSupervised
 from vtp.optim import OptimConfig
 from vtp.perceptual import PerceptualConfig
-from vtp.pretrain import DTYPES, Pretrain, to_device
+from vtp.pretrain import DTYPES, Pretrain, freeze_unused, to_device
 from vtp.text import TextConfig
 from vtp.tokenizers.vit import ViTTokenizerConfig
 from vtp.vit import ViTConfig
@@ -47,7 +47,7 @@ def one_step(text, step=0):
     config = loads(text)
     where = DTYPES[config.dtype]
     batch = Batches(config.pairs, config.objectives, config.seed, config.steps, rank(), world())[step]
-    model = config.build().train()
+    model = freeze_unused(config.build(), config).train()
     views = to_device({name: batch[name] for name in config.weights}, "cpu", where)
     wrapped = wrap(model)
     losses = wrapped(views)

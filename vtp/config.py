@@ -26,7 +26,8 @@ def _plain(value, where):
 def type_name(cls:type) -> str:
     "`module:Class` of a config class. Raises TypeError for one that another process could not import."
     if cls.__module__ == "__main__" or "<locals>" in cls.__qualname__:
-        raise TypeError(f"{cls.__qualname__} is defined in a notebook or a function: move it to a module so that worker processes can find it")
+        raise TypeError(f"{cls.__qualname__} is defined in a notebook or a function: "
+                        "move it to a module so that worker processes can find it")
     if not cls.__dataclass_params__.frozen: raise TypeError(f"{cls.__qualname__} must be @dataclass(frozen=True)")
     return f"{cls.__module__}:{cls.__qualname__}"
 
@@ -36,6 +37,13 @@ def added(default):
     return dataclasses.field(default=default, metadata={"omit": True})
 
 # %% ../nbs/00_config.ipynb #1cb3d161
+def _numbers(value, annotation):
+    "`value` with its integers as floats where the annotation asks for floats."
+    kind = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "") if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
+    if isinstance(value, tuple) and kind.startswith("tuple[float"): return tuple(map(float, value))
+    return float(value) if kind.startswith("float") and type(value) is int else value
+
+# %% ../nbs/00_config.ipynb #1f718306
 def _omitted(field, value) -> bool:
     "Whether `field` is left out because it came later and holds its default."
     return field.metadata.get("omit", False) and value == field.default
@@ -44,7 +52,7 @@ def to_dict(config) -> dict:
     "Nested dictionary of a frozen dataclass, `_type` first. Raises TypeError/ValueError for values JSON could not give back."
     plain = {"_type": type_name(type(config))}
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+        value = _numbers(getattr(config, field.name), field.type)
         if not _omitted(field, value): plain[field.name] = _plain(value, f"{type(config).__name__}.{field.name}")
     return plain
 
@@ -59,7 +67,8 @@ def find(name:str) -> type:
     if name.split(".")[0].split(":")[0] not in allowed:
         raise ValueError(f"_type {name!r} is outside the packages {sorted(allowed)}: add its package to vtp.config.allowed if you trust it")
     try: cls = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error: raise ValueError(f"_type {name!r} can't be found ({error}): was it renamed? add it to vtp.config.renames") from error
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"_type {name!r} can't be found ({error}): was it renamed? add it to vtp.config.renames") from error
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)): raise ValueError(f"_type {name!r} is not a config class")
     return cls
 
@@ -98,7 +107,8 @@ def digest(config) -> str:
 def differences(old, new) -> list[str]:
     "Lines `path: old → new` for every field in which two configs differ."
     def flat(value, path):
-        if isinstance(value, dict): return {k: v for key, v0 in value.items() for k, v in flat(v0, f"{path}.{key}" if path else key).items()}
+        if isinstance(value, dict):
+            return {k: v for key, part in value.items() for k, v in flat(part, f"{path}.{key}" if path else key).items()}
         return {path: value}
     a, b = flat(to_dict(old), ""), flat(to_dict(new), "")
     return [f"{k}: {a.get(k, 'absent')} → {b.get(k, 'absent')}" for k in sorted(a | b) if a.get(k, MISSING) != b.get(k, MISSING)]

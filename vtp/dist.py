@@ -9,6 +9,7 @@ __all__ = ['alone', 'rank', 'world', 'is_main', 'device', 'sum_ranks', 'any_rank
 # %% ../nbs/01_dist.ipynb #0a033fe2
 import os
 import signal
+import warnings
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -59,9 +60,9 @@ def sum_ranks(tensor:torch.Tensor) -> torch.Tensor:
     if _grouped(): torch_dist.all_reduce(total)
     return total
 
-def any_rank(flag:torch.Tensor) -> torch.Tensor:
-    "Whether the boolean scalar `flag` holds on some rank, the same answer on all."
-    return sum_ranks(flag.to(torch.float32)) > 0
+def any_rank(*flags:bool) -> list[bool]:
+    "For each flag whether it holds on some rank, the same answer on all. Travels between CPUs, so no GPU is waited for."
+    return (sum_ranks(torch.tensor(flags, dtype=torch.float32)) > 0).tolist()
 
 # %% ../nbs/01_dist.ipynb #703ab44e
 class _Gather(torch.autograd.Function):
@@ -100,7 +101,9 @@ def wrap(model:torch.nn.Module, sharding:str="ddp") -> torch.nn.Module:
     "`model` made to train with the other ranks; itself when there are none. Raises ValueError for a sharding that is not known."
     if sharding != "ddp": raise ValueError(f"sharding {sharding!r} is not known: use 'ddp'")
     if not _grouped(): return model
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():      # newer torch has another name for this argument, which torch 2.11 does not know
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 def unwrap(model:torch.nn.Module) -> torch.nn.Module:
     "The module that `wrap` was given."
@@ -113,15 +116,17 @@ def session(timeout_s:float=1800):
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or torch_dist.is_initialized():
         yield
         return
-    gpu = torch.cuda.is_available()
-    if gpu: torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch_dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(seconds=timeout_s))
+    gpu, mine = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
+    if gpu and mine < torch.cuda.device_count(): torch.cuda.set_device(mine)
+    torch_dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(seconds=timeout_s))
     yield
     torch_dist.destroy_process_group()
 
 @contextmanager
 def cores(spare:int=0):
-    """Give torch this rank's share of the machine's cores less `spare` (loader workers), at least one; more threads than cores wait for each other.
+    """Give torch this rank's share of the machine's cores less `spare` (loader workers), at least one.
+
+    More threads than cores wait for each other.
 
     A smaller OMP_NUM_THREADS is respected, and the number of threads is as before afterwards."""
     before, ranks = torch.get_num_threads(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))

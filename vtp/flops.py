@@ -43,7 +43,9 @@ class Flops(NamedTuple):
     def total(self) -> int: return self.linear + self.attention
 
 def count(fn) -> Flops:
-    "FLOPs of everything that `fn()` runs, forward and backward; use meta tensors to compute nothing. Recomputation counts as often as it runs."
+    """FLOPs of everything that `fn()` runs, forward and backward; use meta tensors to compute nothing.
+
+    Recomputation counts as often as it runs."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), _Flatten(): fn()
     by_operator = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
     attention = sum(flops for op, flops in by_operator.items() if "bmm" in op or "attention" in op)
@@ -70,5 +72,6 @@ def table1():
         with torch.device("meta"):
             tokenizer, image = from_dict(row["config"]).build(), torch.empty(1, 3, 256, 256)
             gflops = count(lambda: tokenizer(image)).linear / 1e9
-        rows.append(dict(arch=arch, params_m=params(tokenizer) / 1e6, gflops=gflops, paper_params_m=row["params_m"], paper_gflops=row["gflops"]))
+        rows.append(dict(arch=arch, params_m=params(tokenizer) / 1e6, gflops=gflops,
+                         paper_params_m=row["params_m"], paper_gflops=row["gflops"]))
     return pd.DataFrame(rows)

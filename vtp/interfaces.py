@@ -51,7 +51,8 @@ class ObjectiveConfig:
     tap:str = "trunk"     # features it reads: "trunk" (before the bottleneck, as released) or "latent" (after it)
 
     def __post_init__(self):
-        if self.weight <= 0: raise ValueError(f"{self.name}: weight {self.weight} must be positive; an objective that is not wanted is left out")
+        if self.weight <= 0:
+            raise ValueError(f"{self.name}: weight {self.weight} must be positive; an objective that is not wanted is left out")
         if self.batch < 1: raise ValueError(f"{self.name}: batch {self.batch} must be at least 1")
         if self.tap not in ("trunk", "latent"): raise ValueError(f"{self.name}: tap {self.tap!r} must be 'trunk' or 'latent'")
 
@@ -78,6 +79,9 @@ class Objective(nn.Module):
 @dataclass(frozen=True, kw_only=True)
 class Evaluator:
     "A measurement of a trained model."
+
+    def check(self, job):
+        "Raise a clear error now if a model trained by `job` can't be measured so: no text tower, no labels, a missing file."
 
     def rows(self, model:nn.Module, device:torch.device) -> Iterator[dict]:
         "Rows {metric, value, protocol, …} for `model`, which has `.tokenizer` and `.objectives[name]`."

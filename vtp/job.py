@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from .config import digest
-from .dist import start
+from .dist import is_main, start
 from .run import Run, create, runs
 
 # %% ../nbs/03_job.ipynb #c5f120c8
@@ -32,7 +32,8 @@ class Machine:
     save_minutes:float = 5.    # wall-clock minutes between checkpoints
 
     def __post_init__(self):
-        if self.procs < 1 or self.workers < 0: raise ValueError(f"procs={self.procs} must be at least 1 and workers={self.workers} at least 0")
+        if self.procs < 1 or self.workers < 0:
+            raise ValueError(f"procs={self.procs} must be at least 1 and workers={self.workers} at least 0")
 
 # %% ../nbs/03_job.ipynb #fb88221c
 @dataclass(frozen=True)
@@ -81,12 +82,14 @@ def ordered(jobs) -> list[Job]:
     "The jobs and all their inputs, inputs first, each once."
     found = {}
     for job in jobs:
-        for one in (*ordered(inputs(job)), job): found.setdefault(one)
-    return list(found)
+        for one in (*ordered(inputs(job)), job): found.setdefault(digest(one), one)
+    return list(found.values())
 
 # %% ../nbs/03_job.ipynb #72e1ec83
 def launch(*jobs:Job, machine:Machine=Machine()) -> list[Run]:
-    "Run the jobs and their inputs, those that are done excepted; their runs. Raises what a rank raised; InterruptedError if a job stopped early."
+    """Run the jobs and their inputs, those that are done excepted; their runs.
+
+    Raises what a rank raised; InterruptedError if a job stopped early."""
     todo = [job for job in ordered(jobs) if not run_of(job).done]
     for job in todo: job.check()
     for job in todo:
@@ -105,8 +108,10 @@ class _Lines:
     def flush(self): pass
 
 def progress(total:int, initial:int=0, what:str="", unit:str="step"):
-    "A tqdm bar in a terminal, elsewhere a plain line every ten seconds."
+    "A tqdm bar in a terminal, elsewhere a plain line every ten seconds; nothing on ranks other than 0."
     from tqdm import tqdm
     live = sys.stderr.isatty()
-    return tqdm(total=total, initial=initial, desc=what, unit=unit, dynamic_ncols=live, mininterval=.1 if live else 10,
-                file=sys.stderr if live else _Lines(), bar_format=None if live else "{desc}: {n_fmt}/{total_fmt} {unit}s {percentage:3.0f}% [{elapsed}<{remaining}, {rate_fmt}{postfix}]")
+    return tqdm(total=total, initial=initial, desc=what, unit=unit, dynamic_ncols=live, disable=not is_main(), file=sys.stderr if live else _Lines(),
+                mininterval=.1 if live else 10, maxinterval=10 if live else 3600,    # or tqdm's monitor would print a second line each time
+                bar_format=None if live else "{desc}: {n_fmt}/{total_fmt} {unit}s {percentage:3.0f}% "
+                                             "[{elapsed}<{remaining}, {rate_fmt}{postfix}]")

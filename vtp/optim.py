@@ -26,7 +26,8 @@ class OptimConfig:
 
     def __post_init__(self):
         if self.lr <= 0 or self.clip <= 0: raise ValueError(f"lr={self.lr} and clip={self.clip} must be positive")
-        if self.warmup_steps < 0 or not 0 <= self.final <= 1: raise ValueError(f"warmup_steps={self.warmup_steps} must not be negative, final={self.final} must be in [0, 1]")
+        if self.warmup_steps < 0 or not 0 <= self.final <= 1:
+            raise ValueError(f"warmup_steps={self.warmup_steps} must not be negative, final={self.final} must be in [0, 1]")
 
 # %% ../nbs/50_optim.ipynb #e0091cc1
 def lr_at(config:OptimConfig, step:int, steps:int) -> float:

@@ -19,7 +19,8 @@ def load(path:str|Path|None=None):
     Raises ValueError if the file is missing (it is part of a source checkout, not of the installed package) or has other columns."""
     import pandas as pd
     path = Path(vtp.__file__).parents[1] / "data" / "paper.csv" if path is None else Path(path)
-    if not path.is_file(): raise ValueError(f"there is no {path.name} at {path.parent}: work in a source checkout or name the file with load(path)")
+    if not path.is_file():
+        raise ValueError(f"there is no {path.name} at {path.parent}: work in a source checkout or name the file with load(path)")
     text = dict.fromkeys(("panel", "x_unit", "protocol", "source"), "")
     table = pd.read_csv(path).fillna(text)
     if tuple(table.columns) != COLUMNS: raise ValueError(f"{path.name} has columns {list(table.columns)}; expected {list(COLUMNS)}")
@@ -30,7 +31,9 @@ def _theirs(item, version, path):
     "The paper's rows of one item; ValueError if there is no such item."
     table = load(path)
     rows = table[(table.item == item) & (table.version == version)]
-    if rows.empty: raise ValueError(f"the paper's {version} has no item {item!r}; it has {', '.join(table[table.version == version].item.unique())}")
+    if rows.empty:
+        known = table[table.version == version].item.unique()
+        raise ValueError(f"the paper's {version} has no item {item!r}; it has {', '.join(known)}")
     return rows
 
 def _refuse(ours, theirs, item, keys):
@@ -39,10 +42,13 @@ def _refuse(ours, theirs, item, keys):
     if missing: raise ValueError(f"ours lacks the columns {sorted(missing)}")
     for column in ("metric", "series"):
         unlike = sorted(set(ours[column]) - set(theirs[column]))
-        if unlike: raise ValueError(f"{item} has no {column} {', '.join(unlike)}; it has {', '.join(theirs[column].unique())}: unlike numbers are not compared")
+        if unlike:
+            raise ValueError(f"{item} has no {column} {', '.join(unlike)}; it has {', '.join(theirs[column].unique())}: "
+                             "unlike numbers are not compared")
     if ours.scale.nunique() != 1: raise ValueError(f"ours mixes the scales {sorted(ours.scale.unique())}: compare one at a time")
     twice = ours[ours.duplicated(keys)]
-    if len(twice): raise ValueError(f"ours has several values for {twice[keys].iloc[0].to_dict()}: average seeds or choose one protocol first")
+    if len(twice):
+        raise ValueError(f"ours has several values for {twice[keys].iloc[0].to_dict()}: average seeds or choose one protocol first")
 
 # %% ../nbs/82_paper.ipynb #2f8fa36e
 def compare(ours, item:str, version:str="v1", path=None):

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .run import resolve
+
 # %% ../nbs/12_perceptual.ipynb #9f9c237e
 class Perceptual(nn.Module):
     """Frozen distance d of two images (B, 3, H, W) in [-1, 1], differentiable in both.
@@ -104,11 +106,12 @@ def _trunk(weights:str|None) -> dict:
     "State dict of torchvision's VGG16 from the file `weights` or torchvision's cache; shapes alone on the meta device."
     from torchvision.models import VGG16_Weights, vgg16
     if torch.get_default_device().type == "meta": return vgg16().state_dict()
-    if weights and not Path(weights).is_file(): raise FileNotFoundError(_ADVICE.format(error=f"no file {weights}"))
-    if weights and Path(weights).suffix == ".safetensors":
+    file = weights and resolve(weights)
+    if file and not file.is_file(): raise FileNotFoundError(_ADVICE.format(error=f"no file {weights}"))
+    if file and file.suffix == ".safetensors":
         from safetensors.torch import load_file
-        return load_file(weights)
-    if weights: return torch.load(weights, map_location="cpu", weights_only=True)
+        return load_file(file)
+    if file: return torch.load(file, map_location="cpu", weights_only=True)
     imagenet = VGG16_Weights.IMAGENET1K_V1
     try: return imagenet.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
     except OSError as error: raise FileNotFoundError(_ADVICE.format(error=error)) from error

@@ -6,6 +6,7 @@
 __all__ = ['MARKERS', 'DASHES', 'HATCHES', 'curve', 'scatter', 'bars', 'sheet', 'image_grid']
 
 # %% ../nbs/83_plots.ipynb #ef749864
+import re
 from contextlib import contextmanager
 
 import numpy as np
@@ -78,7 +79,8 @@ def scatter(data, x:str, y:str, hue:str, *, title:str, scale:str, hardware:str, 
     with _canvas(title, scale, hardware, size, ax) as ax:
         for name, (colour, marker, _, _) in _styles(data[hue]).items():
             chosen = (data[hue] == name).to_numpy()
-            ax.scatter(data[x][chosen], data[y][chosen], s=area[chosen], color=colour, marker=marker, edgecolor="black", linewidth=.4, label=name)
+            ax.scatter(data[x][chosen], data[y][chosen], s=area[chosen], color=colour, marker=marker,
+                       edgecolor="black", linewidth=.4, label=name)
         ax.set(xlabel=x, ylabel=y)
         for handle in _legend(ax).legend_handles: handle.set_sizes([30])
     return ax
@@ -105,11 +107,23 @@ def bars(data, x:str, y:str, hue:str, *, title:str, scale:str, hardware:str, siz
         for number, (name, (colour, _, _, hatch)) in enumerate(styles.items()):
             rows = data[data[hue] == name]
             place = rows[x].map(groups) + width * (number - (len(styles) - 1) / 2)
-            ax.bar(place, rows[y], width, yerr=_whiskers(rows, y), capsize=2, color=colour, hatch=hatch, edgecolor="black", linewidth=.6, label=name)
+            ax.bar(place, rows[y], width, yerr=_whiskers(rows, y), capsize=2, color=colour, hatch=hatch,
+                   edgecolor="black", linewidth=.6, label=name)
         if "chance" in data: _chance(ax, data.groupby(x).chance.max(), groups)
-        ax.set(xlabel=x, ylabel=y, xticks=list(groups.values()), xticklabels=list(groups))
+        inches = ax.get_position().width * ax.figure.get_size_inches()[0] / len(groups)
+        ax.set(xlabel=x, ylabel=y, xticks=list(groups.values()), xticklabels=[_folded(g, inches) for g in groups])
         _legend(ax)
     return ax
+
+def _folded(label, inches:float) -> str:
+    "`label` in lines that fit into `inches`, broken after blanks and underscores."
+    lines, room = [], max(1, int(inches / .075))             # a letter of a tick label is about 0.075 inches wide
+    for line in str(label).split("\n"):
+        lines.append("")
+        for word in re.findall(r"[^ _]*[ _]|[^ _]+", line):
+            if lines[-1] and len(lines[-1] + word.rstrip()) > room: lines.append("")
+            lines[-1] += word
+    return "\n".join(line.rstrip() for line in lines)
 
 def _chance(ax, chance, groups):
     "A dashed line across each group at what guessing reaches."

@@ -45,7 +45,7 @@ class Scale:
     ssl:dict                      # fields of SelfSupervised that differ from the paper's
     probe:dict                    # fields of LinearProbe that differ from the paper's
     val_samples:int|None = None   # images of an evaluation; None: all
-    taps:tuple = (("latent", "mean"), ("latent", "flat"))   # where the probe reads
+    taps:tuple = (("latent", "mean"), ("latent", "flat"), ("trunk", "cls+mean"))   # where the probe reads
 
 def _small(width:int, depth:int, decoder:int, image:int, patch:int, latent:int, heads:int) -> ViTTokenizerConfig:
     "A small tokenizer: trunk and decoder of one width, residual branches scaled by 0.2 at the start."
@@ -63,15 +63,15 @@ SCALES = dict(
     smoke=Scale(_small(48, 3, 2, image=16, patch=4, latent=16, heads=3), TextConfig(48, 1, 3, dim=48), Shapes(count=4096, size=16),
                 batch=32, ssl_batch=8, rec_batch=32, steps=120, optim=OptimConfig(2e-3, weight_decay=.05, warmup_steps=20), dtype="fp32", log_every=20,
                 rec=_short, ssl=_crops(4, 16, 8, 2, prototypes=128, head_hidden=128, head_bottleneck=64, drop=0., momentum=(.99, 1.)),
-                probe=dict(train_samples=2000, steps=200, batch=128), val_samples=500),
+                probe=dict(train_samples=2000, steps=200, batch=128, standardise=True, blocks=(1,)), val_samples=500),
     cpu=Scale(_small(64, 4, 2, image=16, patch=4, latent=16, heads=4), TextConfig(64, 1, 4, dim=64), Shapes(count=100_000, size=16),
               batch=64, ssl_batch=16, rec_batch=64, steps=600, optim=OptimConfig(2e-3, weight_decay=.05, warmup_steps=60), dtype="fp32", log_every=20,
               rec=_short, ssl=_crops(4, 16, 8, 2, prototypes=128, head_hidden=128, head_bottleneck=64, drop=0., momentum=(.99, 1.)),
-              probe=dict(train_samples=12_000, steps=1500, batch=256), val_samples=4000),
+              probe=dict(train_samples=12_000, steps=1500, batch=256, standardise=True, blocks=(1,)), val_samples=4000),
     mini=Scale(_small(256, 8, 4, image=64, patch=8, latent=32, heads=4), TextConfig(256, 4, 4, dim=256), Shapes(count=10_000_000, size=64, hard=True),
                batch=1024, ssl_batch=512, rec_batch=1024, steps=1000, optim=OptimConfig(1e-3, weight_decay=.05, warmup_steps=100), dtype="bf16", log_every=20,
                rec=_short | dict(weight=.3), ssl=_crops(8, 64, 32, 4, prototypes=2048, head_hidden=1024, head_bottleneck=256, drop=.1),
-               probe=dict(train_samples=50_000, steps=5000), val_samples=10_000),
+               probe=dict(train_samples=50_000, steps=5000, standardise=True), val_samples=10_000),
     paper=Scale(ViTTokenizerConfig(), TextConfig(), Shards("data/datacomp/*.tar"),
                 batch=16384, ssl_batch=4096, rec_batch=2048, steps=67_140, optim=OptimConfig(), dtype="bf16", log_every=50, rec={}, ssl={}, probe={}))
 
@@ -123,8 +123,12 @@ def sources(scale:str, pairs:str="", val:str="", manifest:str="") -> tuple:
 def measure(job:Pretrain, val, scale:str) -> Evaluate:
     "The evaluation of a finished job on `val`: reconstruction; with labels a probe at both taps and zero-shot; with captions alone retrieval. Text measures need a contrastive objective."
     reader, s, text = val.open(), SCALES[scale], "clip" in job.weights
-    found = [ReconstructionQuality(data=val, samples=s.val_samples, perceptual=job.objectives[-1].perceptual)]
-    if reader.labelled: found += [LinearProbe(train=job.pairs, val=val, tap=tap, pool=pool, val_samples=s.val_samples, **s.probe) for tap, pool in s.taps]
-    if reader.labelled and text: found.append(ZeroShot(data=val, samples=s.val_samples))
-    if not reader.labelled and text: found.append(Retrieval(data=val, samples=s.val_samples))
+    few = lambda wanted, source: wanted if wanted is None else min(wanted, len(source))
+    images = few(s.val_samples, reader)
+    found = [ReconstructionQuality(data=val, samples=images, perceptual=job.objectives[-1].perceptual)]
+    if reader.labelled:
+        settings = s.probe | dict(train_samples=few(s.probe.get("train_samples"), job.pairs.open()), val_samples=images)
+        found += [LinearProbe(train=job.pairs, val=val, tap=tap, pool=pool, **settings) for tap, pool in s.taps]
+    if reader.labelled and text: found.append(ZeroShot(data=val, samples=images))
+    if not reader.labelled and text: found.append(Retrieval(data=val, samples=images))
     return Evaluate(At(job), tuple(found))

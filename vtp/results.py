@@ -28,12 +28,14 @@ def flat(config, prefix:str="") -> dict:
     return settings
 
 # %% ../nbs/81_results.ipynb #d1975347
-def collect(jobs:dict[str, Job], name:str="metrics") -> pd.DataFrame:
-    "Rows of all jobs' runs, with the column `series` (the key) and the job's settings as `job.…`. Raises FileNotFoundError for a job that has not run."
+def collect(jobs:dict[str, Job], name:str="metrics", partial:bool=False) -> pd.DataFrame:
+    """Rows of all jobs' runs, with the column `series` (the key) and the job's settings as `job.…`.
+
+    Raises FileNotFoundError for a job that has not run to its end, unless `partial`."""
     tables = []
     for series, job in jobs.items():
         run = run_of(job)
-        if not run.path.exists(): raise FileNotFoundError(f"{series}: {run.path.name} has not run: launch it first")
+        if not (run.done or partial and run.path.exists()): raise FileNotFoundError(f"{series}: {run.path.name} has not run to its end: launch it first")
         keys = {"series": series, "run": run.path.name, **{f"job.{k}": v for k, v in flat(job).items()}}
         tables.append(pd.DataFrame([row | keys for row in run.rows(name)]))
     return pd.concat(tables, ignore_index=True)
@@ -59,7 +61,8 @@ def against(ours:pd.Series, theirs:pd.Series) -> str:
 
 def quote(row:pd.Series) -> str:
     "value [low, high] with its unit"
-    return f"{row.value:.3g} [{row.low:.3g}, {row.high:.3g}]{UNITS.get(row.metric, ' %' if 'R@' in row.metric or 'zero_shot' in row.metric else '')}"
+    percent = " %" if "R@" in row.metric or "zero_shot" in row.metric else ""
+    return f"{row.value:.3g} [{row.low:.3g}, {row.high:.3g}]{UNITS.get(row.metric, percent)}"
 
 # %% ../nbs/81_results.ipynb #a31dedb1
 def verdict(table:pd.DataFrame, ours:str="VTP", theirs:str="AE") -> str:
@@ -70,7 +73,8 @@ def verdict(table:pd.DataFrame, ours:str="VTP", theirs:str="AE") -> str:
         if ours not in rows.index: continue
         mine, line = rows.loc[ours], f"- **{metric}** (`{protocol}`): {ours} {quote(rows.loc[ours])}"
         if theirs in rows.index: line += f", {theirs} {quote(rows.loc[theirs])}: {ours} is {against(mine, rows.loc[theirs])}"
-        if "chance" in rows and pd.notna(mine.chance): line += f"; chance is {mine.chance:.3g} %, {ours} is {'above it' if mine.low > mine.chance else 'not above it'}"
+        if "chance" in rows and pd.notna(mine.chance):
+            line += f"; chance is {mine.chance:.3g} %, {ours} is {'above it' if mine.low > mine.chance else 'not above it'}"
         lines.append(line + ".")
     return "\n".join(lines)
 
@@ -80,9 +84,10 @@ def caveats(losses:pd.DataFrame) -> str:
     last = losses.sort_values("step").groupby("series", sort=False).last()
     flops = ", ".join(f"{name} {row.flops:.2g}" for name, row in last.iterrows())
     samples = " and ".join(f"{n:,.0f}" for n in last.samples.unique())
-    lines = [f"Samples seen: {samples} of {last['job.tokenizer.image_size'].iloc[0]} pixels; the paper's runs saw 1.1 billion of 256. FLOPs: {flops}: "
-              + ("equal samples are not equal compute." if last.flops.nunique() > 1 else "equal."),
-             f"Seeds: {', '.join(map(str, sorted(losses['job.seed'].unique())))}. The intervals are over test images; the spread between trainings is not in them.",
+    seeds, pixels = ", ".join(map(str, sorted(losses["job.seed"].unique()))), last["job.tokenizer.image_size"].iloc[0]
+    equal = "equal samples are not equal compute" if last.flops.nunique() > 1 else "equal"
+    lines = [f"Samples seen: {samples} of {pixels} pixels; the paper's runs saw 1.1 billion of 256. FLOPs: {flops}: {equal}.",
+             f"Seeds: {seeds}. The intervals are over test images; the spread between trainings is not in them.",
              "Generation, the paper's judge of a tokenizer, is not measured here, and contrast and self-supervision are not told apart."]
     if losses.filter(like="perceptual.kind").eq("random_features").any(axis=None):
         lines.append("The perceptual term is the offline stand-in (frozen random features); its distances are not LPIPS.")

@@ -69,7 +69,8 @@ class Checkpoint:
     def damage(self) -> str|None:
         "What is wrong with the files, or None if all are as they were written."
         try: manifest = json.loads((self.path / "manifest.json").read_text())
-        except (OSError, ValueError) as error: return f"no readable manifest ({error})"
+        except FileNotFoundError: return "its manifest is missing"
+        except ValueError as error: return f"its manifest is not JSON ({error})"
         for name, (size, digest) in manifest.items():
             file = self.path / name
             if not file.exists(): return f"{name} is missing"
@@ -78,18 +79,22 @@ class Checkpoint:
 
 # %% ../nbs/02_run.ipynb #0a3de999
 def write_checkpoint(folder:Path, step:int, groups:dict[str, dict], state:dict) -> Checkpoint:
-    "Write groups of tensors and a small dictionary as `step-…`, durably. Raises ValueError if a tensor is not finite: such a state is never saved."
+    """Write groups of tensors and a small dictionary as `step-…`, durably.
+
+    Raises ValueError if a tensor is not finite: such a state is never saved."""
     for group, tensors in groups.items():
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all(): raise ValueError(f"{group}/{name} is not finite at step {step}: not saved, the checkpoint before it stays")
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise ValueError(f"{group}/{name} is not finite at step {step}: not saved, the checkpoint before it stays")
     final, beside = folder / f"step-{step:09d}", folder / f".step-{step:09d}"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    for group, tensors in groups.items(): save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, beside / f"{group}.safetensors")
+    for group, tensors in groups.items():
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, beside / f"{group}.safetensors")
     (beside / "state.json").write_text(json.dumps(state))
     manifest = {f.name: (f.stat().st_size, _hash(f)) for f in sorted(beside.iterdir())}
     (beside / "manifest.json").write_text(json.dumps(manifest))
-    for file in beside.iterdir(): _sync(file)
+    for file in (*beside.iterdir(), beside): _sync(file)
     if final.exists(): shutil.rmtree(final)
     os.replace(beside, final)
     _sync(folder)
@@ -124,7 +129,8 @@ def create(path:Path, job, machine) -> Run:
         write_text(path / "launch.json", dumps(machine))
         if not (path / "config.json").exists(): write_text(path / "config.json", dumps(job))
     except OSError as error:
-        raise OSError(f"can't write the run directory {path} ({error.strerror}): free some space, make it writable, or set VTP_RUNS to another folder") from error
+        raise OSError(f"can't write the run directory {path} ({error.strerror}): "
+                      "free some space, make it writable, or set VTP_RUNS to another folder") from error
     return Run(path)
 
 # %% ../nbs/02_run.ipynb #acc914b0
@@ -183,16 +189,23 @@ def _save(self:Run, step:int, groups:dict[str, dict], state:dict, keep:tuple[int
     return saved
 
 def _latest(self:Run) -> Checkpoint|None:
-    "The newest checkpoint that is whole; says so when a torn one is passed over."
-    for checkpoint in reversed(_checkpoints(self)):
+    """The newest checkpoint that is whole, None if there is none yet; says so when a torn one is passed over.
+
+    Raises RuntimeError if all are torn: nothing is trained anew, or deleted, without being asked."""
+    found = _checkpoints(self)
+    for checkpoint in reversed(found):
         damage = checkpoint.damage()
         if damage is None: return checkpoint
         print(f"{checkpoint} is torn ({damage}): using the one before it", flush=True)
+    if found:
+        raise RuntimeError(f"no checkpoint of {self.path.name} is whole: restore one, or remove {self.path / 'checkpoints'} to start from nothing")
 
 def _at(self:Run, step:int|None=None) -> Checkpoint:
     "The whole checkpoint of `step` (None: the newest). Raises FileNotFoundError naming those that exist."
     found = self.latest() if step is None else next((c for c in _checkpoints(self) if c.step == step and c.damage() is None), None)
-    if found is None: raise FileNotFoundError(f"{self.path.name} has no whole checkpoint {'' if step is None else f'of step {step} '}(present: {[c.step for c in _checkpoints(self)]})")
+    if found is None:
+        wanted = "" if step is None else f"of step {step} "
+        raise FileNotFoundError(f"{self.path.name} has no whole checkpoint {wanted}(present: {[c.step for c in _checkpoints(self)]})")
     return found
 
 Run.checkpoints, Run.save, Run.latest, Run.at = _checkpoints, _save, _latest, _at
@@ -204,6 +217,8 @@ def _rewind(self:Run, checkpoint:Checkpoint|None):
     for name, size in offsets.items():
         (self.path / name).touch()
         os.truncate(self.path / name, size)
+    timing = self.path / "timing.jsonl"
+    if timing.exists(): os.truncate(timing, timing.read_bytes().rfind(b"\n") + 1)     # not cut back, but a kill may have left half a line
     for half in (self.path / "checkpoints").glob(".step-*"): shutil.rmtree(half)
     for later in _checkpoints(self):
         if checkpoint is None or later.step > checkpoint.step: shutil.rmtree(later.path)

@@ -30,9 +30,11 @@ def environment() -> dict:
 def work(path:str) -> bool:
     "Call the job whose run directory is `path`, in this rank of the running group; whether it finished."
     run = Run(path)
-    with locked(run) if is_main() else nullcontext(), cores(spare=run.machine.workers):
+    # one core is left to the loader however many workers it has: they must not change the threads, and with them the last bits of a sum
+    with locked(run) if is_main() else nullcontext(), cores(spare=1):
         if is_main(): write_text(run.path / "env.json", json.dumps(environment(), indent=1))
         barrier()
+        if run.done: return True         # another process finished it between the launch and the lock
         finished = run.job(run)
         barrier()
         if finished and is_main(): run.finish()

@@ -106,7 +106,9 @@ def center_crop(images:list[np.ndarray], size:int) -> torch.Tensor:
     return _batch([_middle(_pil(image), size) for image in images])
 
 def squash(images:list[np.ndarray], size:int) -> torch.Tensor:
-    "Images uint8 (H, W, 3) → (n, 3, size, size) uint8, aspect not kept, bilinear with antialias: the protocol of zero-shot classification."
+    """Images uint8 (H, W, 3) → (n, 3, size, size) uint8, aspect not kept, bilinear with antialias.
+
+    This is the protocol of zero-shot classification."""
     return _batch([_pil(image).resize((size, size), Image.BILINEAR) for image in images])
 
 # %% ../../nbs/21_augment.ipynb #d747adcd
@@ -223,7 +225,9 @@ def _rectangles(keys:np.ndarray, counts:np.ndarray, grid:tuple[int, int]) -> np.
         area, aspect = 4 + area * (most - 4), .3 ** (2 * aspect - 1)
         rows, columns = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
         top, left = np.floor(top * (height - rows + 1)), np.floor(left * (width - columns + 1))
-        inside = ((ys >= top[:, None]) & (ys < (top + rows)[:, None]))[:, :, None] & ((xs >= left[:, None]) & (xs < (left + columns)[:, None]))[:, None]
+        within_rows = (ys >= top[:, None]) & (ys < (top + rows)[:, None])
+        within_columns = (xs >= left[:, None]) & (xs < (left + columns)[:, None])
+        inside = within_rows[:, :, None] & within_columns[:, None]
         added = inside & ~masks[active]
         gain = np.count_nonzero(added, axis=(1, 2))
         good = (rows < height) & (columns < width) & (gain > 0) & (gain <= most)

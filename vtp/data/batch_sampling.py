@@ -45,7 +45,9 @@ def read_whole(reader, positions:np.ndarray, seed:int, tries:int=20) -> tuple[li
 
 # %% ../../nbs/36_batch_sampling.ipynb #85a93034
 class Batches(Dataset):
-    "Step → what this rank's objectives see in it: {objective: view, 'keys': sample keys, 'bad': samples replaced}."
+    """Step → what this rank's objectives see in it: {objective: view, 'keys': sample keys, 'bad': samples replaced}.
+
+    A view also holds 'rows', int64: each of its samples' place, ascending, among the B / world this rank reads."""
     def __init__(self, pairs, objectives:tuple[ObjectiveConfig, ...], seed:int, steps:int, rank:int=0, world:int=1):
         self.reader, self.objectives, self.seed, self.steps = pairs.open(), objectives, seed, steps
         sizes = [o.batch for o in objectives]
@@ -69,14 +71,13 @@ class Batches(Dataset):
         for objective in self.objectives:
             at = np.searchsorted(needed, shares[objective.name][mine[objective.name]])
             draw = Draw(self.seed, step, mix(self.seed, positions[at]), np.flatnonzero(mine[objective.name]))
-            batch[objective.name] = objective.view([pairs[i] for i in at], draw)
+            batch[objective.name] = {"rows": torch.from_numpy(at), **objective.view([pairs[i] for i in at], draw)}
         return batch
 
 # %% ../../nbs/36_batch_sampling.ipynb #5fa9c578
 def _leave_signals(worker:int):
-    "Workers neither react to Ctrl-C nor keep the trainer's handlers, and use one thread each."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    "Workers ignore the signals that ask the trainer to save (schedulers send them to the whole group), and use one thread each."
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1): signal.signal(name, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 def loader(batches:Batches, start:int=0, workers:int=0, pin:bool=False) -> DataLoader:

@@ -14,17 +14,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from .samples import IMAGES, ROOT, Bad, Pair, Reader, decode_image, hash_key
+from ..text import import_open_clip
 
 # %% ../../nbs/22_imagenet.ipynb #731f122f
 def imagenet_classes() -> tuple[str, ...]:
     "The 1000 class names used with CLIP, in the order of the sorted WordNet ids, which is the order of the labels."
-    from open_clip import IMAGENET_CLASSNAMES
-    return tuple(IMAGENET_CLASSNAMES)
+    return tuple(import_open_clip().IMAGENET_CLASSNAMES)
 
 def openai_templates() -> tuple[str, ...]:
     "OpenAI's 80 ImageNet templates, with `{c}` for the class."
-    from open_clip import OPENAI_IMAGENET_TEMPLATES
-    return tuple(template("{c}") for template in OPENAI_IMAGENET_TEMPLATES)
+    return tuple(template("{c}") for template in import_open_clip().OPENAI_IMAGENET_TEMPLATES)
 
 # %% ../../nbs/22_imagenet.ipynb #bf68ed07
 def article(name:str) -> str:
@@ -32,7 +31,9 @@ def article(name:str) -> str:
     return "an" if name[0].lower() in "aeiou" else "a"
 
 def prompts(classes:tuple[str, ...], templates:tuple[str, ...]) -> list[list[str]]:
-    "For each class the sentence of each template: `{c}` (or `{}`) is its name, `{a}` the article. Raises ValueError for a template without the name."
+    """For each class the sentence of each template: `{c}` (or `{}`) is its name, `{a}` the article.
+
+    Raises ValueError for a template without the name."""
     for template in templates:
         if not re.search(r"\{c?\}", template) or re.search(r"\{(?!c?\}|a\})", template):
             raise ValueError(f"template {template!r} must name the class as {{c}} and may ask for its article as {{a}}")
@@ -57,7 +58,9 @@ def _list_files(config:ImageFolder) -> tuple[str, list[str], list[list[str]]]:
     files = [sorted(f for f in os.listdir(os.path.join(folder, name)) if f.lower().endswith(IMAGES)) for name in classes]
     if not any(files): raise FileNotFoundError(f"no images in {folder}: expected {os.path.join(folder, '<class name or wnid>', '*.JPEG')}")
     empty = [name for name, found in zip(classes, files) if not found]
-    if empty: raise FileNotFoundError(f"no images for class {', '.join(empty[:5])} in {folder}: labels count the folders, so remove it or fill it")
+    if empty:
+        raise FileNotFoundError(f"no images for class {', '.join(empty[:5])} in {folder}: "
+                                "labels count the folders, so remove it or fill it")
     return folder, classes, files
 
 # %% ../../nbs/22_imagenet.ipynb #113ad762

@@ -121,7 +121,8 @@ def cache_dir() -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
-    except OSError as error: raise OSError(f"can't write into the cache {path} ({error}): set VTP_CACHE to a folder that can be written") from error
+    except OSError as error:
+        raise OSError(f"can't write into the cache {path} ({error}): set VTP_CACHE to a folder that can be written") from error
     return path
 
 @contextmanager

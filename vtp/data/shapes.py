@@ -40,8 +40,8 @@ def _radii() -> np.ndarray:
     t = (np.arange(400) + .5) / 400 * 2 * np.pi
     heart = 16 * np.sin(t)**3 + 1j * (13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t) + 3)
     circle = np.full(_ANGLES, .85)
-    return np.stack([circle, _outline(turn(3), angles), _outline(turn(4, .125), angles), _outline(star, angles), _outline(heart / 18.6, angles),
-                     _outline(cross.ravel(), angles), circle, .74 + .24 * np.cos(6 * angles)]).astype(np.float32)
+    shapes = [_outline(corners, angles) for corners in (turn(3), turn(4, .125), star, heart / 18.6, cross.ravel())]
+    return np.stack([circle, *shapes, circle, .74 + .24 * np.cos(6 * angles)]).astype(np.float32)
 
 # %% ../../nbs/23_shapes.ipynb #f5f155b7
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Shapes:
 
     def __post_init__(self):
         if self.split not in ("train", "val"): raise ValueError(f"split {self.split!r} must be 'train' or 'val'")
-        if self.count < 1 or self.size < 4: raise ValueError(f"count {self.count} must be at least 1 and size {self.size} at least 4 pixels")
+        if self.count < 1 or self.size < 4:
+            raise ValueError(f"count {self.count} must be at least 1 and size {self.size} at least 4 pixels")
         _grid(self.classes)
 
     def open(self) -> "ShapesReader": return ShapesReader(self)
@@ -69,8 +70,9 @@ def _grid(classes:int) -> tuple[int, int]:
 
 # %% ../../nbs/23_shapes.ipynb #c986709a
 HUES = {"red": 0, "orange": 30, "yellow": 56, "green": 120, "cyan": 180, "blue": 228, "purple": 272, "pink": 322}    # degrees
-_COLUMNS = ("scale", "x", "y", "angle", "aspect", "texture_scale", "texture_phase", "hue", "hue_jitter", "saturation", "value", "second_hue",
-            "background", "background_jitter", "light", "brightness", "gradient", "gradient_angle", "shading", "shading_angle",
+_COLUMNS = ("scale", "x", "y", "angle", "aspect", "texture_scale", "texture_phase", "hue", "hue_jitter", "saturation",
+            "value", "second_hue", "background", "background_jitter", "light",
+            "brightness", "gradient", "gradient_angle", "shading", "shading_angle",
             "x_1", "y_1", "radius_1", "hue_1", "x_2", "y_2", "radius_2", "hue_2")
 
 def keys(config:Shapes, indices) -> np.ndarray:
@@ -78,7 +80,9 @@ def keys(config:Shapes, indices) -> np.ndarray:
     return mix(config.seed, ("train", "val").index(config.split), np.asarray(indices, np.int64) % config.count)
 
 def attributes(config:Shapes, indices) -> dict[str, np.ndarray]:
-    "All that decides the images `indices` (n,): label, outline, texture, hue and background (0 … 7), light (bool), geometry in half sides, angles in radians."
+    """All that decides the images `indices` (n,).
+
+    Label, outline, texture, hue and background (0 … 7), light (bool), geometry in half sides, angles in radians."""
     row = dict(zip(_COLUMNS, uniform(keys(config, indices)[:, None], np.arange(len(_COLUMNS))).T))
     label = np.asarray(indices, np.int64) % config.count % config.classes
     between = lambda name, low, high: low + (high - low) * row[name]
@@ -86,7 +90,8 @@ def attributes(config:Shapes, indices) -> dict[str, np.ndarray]:
     shift, turn, scale = (.5, np.pi, (.36, .66)) if config.hard else (.28, .5, (.60, .82))
     return row | dict(
         label=label, outline=label // _grid(config.classes)[1], texture=label % _grid(config.classes)[1], hue=hue,
-        second_hue=(hue + 2 + (row["second_hue"] * 5).astype(int)) % 8, background=(row["background"] * 8).astype(int), light=row["light"] < .5,
+        second_hue=(hue + 2 + (row["second_hue"] * 5).astype(int)) % 8, background=(row["background"] * 8).astype(int),
+        light=row["light"] < .5,
         scale=between("scale", *scale), x=between("x", -shift, shift), y=between("y", -shift, shift), angle=between("angle", -turn, turn),
         aspect=between("aspect", .85, 1.18), hue_1=(row["hue_1"] * 8).astype(int), hue_2=(row["hue_2"] * 8).astype(int))
 
@@ -169,14 +174,18 @@ def render(config:Shapes, indices) -> np.ndarray:
     return images
 
 # %% ../../nbs/23_shapes.ipynb #0b93ad35
-OPENINGS = ("{a} {c}", "a photo of {a} {c}", "a picture of {a} {c}", "an image of {a} {c}", "there is {a} {c}", "this is {a} {c}", "a drawing of {a} {c}",
-            "here you see {a} {c}", "{a} {c} can be seen", "one {c}")
+OPENINGS = ("{a} {c}", "a photo of {a} {c}", "a picture of {a} {c}", "an image of {a} {c}", "there is {a} {c}",
+            "this is {a} {c}", "a drawing of {a} {c}", "here you see {a} {c}", "{a} {c} can be seen", "one {c}")
 CLASS_TEMPLATES = ("{a} {c}", "a photo of {a} {c}", "a picture of {a} {c}", "an image of {a} {c}")
 
 def _place(x:float, y:float) -> str:
     "Where the object is, in words."
     words = [word for word, there in (("top", y > .1), ("bottom", y < -.1), ("left", x < -.1), ("right", x > .1)) if there]
     return f"at the {' '.join(words)}" if words else "in the middle"
+
+def _said(*choices):
+    "The words of (word, p, share) that are said: those with p below their share."
+    return [word for word, p, share in choices if p < share]
 
 def captions(config:Shapes, a:dict, keys) -> list[str]:
     "One caption for each image with attributes `a`, drawn by `keys` (n,) uint64."
@@ -185,9 +194,9 @@ def captions(config:Shapes, a:dict, keys) -> list[str]:
     names, written = tuple(HUES), []
     for i in range(len(keys)):
         told = [column[i] for column in tell]
-        words = [word for word, p, share in ((("small", "big")[int(a["scale"][i] > (low + high) / 2)], told[0], .4), (names[a["hue"][i]], told[1], .7),
-                                             (TEXTURES[a["texture"][i]], told[2], .8)) if p < share]
-        scene = " ".join(word for word, p, share in ((("dark", "light")[int(a["light"][i])], told[4], .2), (names[a["background"][i]], told[5], .3)) if p < share)
+        words = _said((("small", "big")[int(a["scale"][i] > (low + high) / 2)], told[0], .4),
+                      (names[a["hue"][i]], told[1], .7), (TEXTURES[a["texture"][i]], told[2], .8))
+        scene = " ".join(_said((("dark", "light")[int(a["light"][i])], told[4], .2), (names[a["background"][i]], told[5], .3)))
         thing = " ".join([*words, OUTLINES[a["outline"][i]]])
         text = OPENINGS[int(opening[i] * len(OPENINGS))].format(a=article(thing), c=thing)
         if told[3] < .3: text += " " + _place(a["x"][i], a["y"][i])

@@ -23,7 +23,8 @@ PROTOCOLS = {("latent", "mean"): "probe_latent_mean", ("latent", "flat"): "probe
 def features(tokenizer:Tokenizer, images:torch.Tensor, tap:str, pool:str, blocks:int=4) -> torch.Tensor:
     """One vector per image (B, 3, H, W) in [0, 1] → (B, F) fp32. `tap`/`pool` is one of `PROTOCOLS`.
 
-    latent/mean: F = C; latent/flat: F = h·w·C; trunk/cls+mean: class tokens of the last `blocks` blocks, oldest first, then the last mean patch, F = (blocks + 1)·D."""
+    latent/mean: F = C; latent/flat: F = h·w·C; trunk/cls+mean: class tokens of the last `blocks` blocks, oldest first,
+    then the last mean patch, F = (blocks + 1)·D."""
     if tap == "latent":
         z = tokenizer.encode(images).float()
         return reduce(z, "b c h w -> b c", "mean") if pool == "mean" else rearrange(z, "b c h w -> b (h w c)")
@@ -82,7 +83,9 @@ def _logits(x, weight, bias):
     return einsum(x, weight, "b f, f l k -> b l k") + bias
 
 def score(x:torch.Tensor, labels:torch.Tensor, weight:torch.Tensor, bias:torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    "How many of x (n, F) each of the L classifiers gets right, and the summed log-probability of the truth: (L,), (L,) float64; -inf if it diverged."
+    """How many of x (n, F) each of the L classifiers gets right, and the summed log-probability of the truth.
+
+    Both are (L,) float64; the second is -inf for a classifier that diverged."""
     right, likelihood = 0, 0.
     for part, truth in zip(x.split(1024), labels.split(1024)):
         logits = _logits(part, weight, bias)
@@ -120,7 +123,9 @@ class LinearProbe(Evaluator):
         return PROTOCOLS[self.tap, self.pool] + "_standardised" * self.standardise + "_small" * (not full)
 
     def rows(self, model, device):
-        "Rows {metric, value, low, high, chance, images, train_images, skipped, protocol, selected_on, learning_rate, blocks, tap}; the same on every rank."
+        """Rows {metric, value, low, high, chance, images, train_images, skipped, protocol, selected_on, learning_rate, blocks, tap}.
+
+        They are the same on every rank."""
         classes = _classes(train := self.train.open(), val := self.val.open())
         with frozen(model):
             known = self._cache(model.tokenizer, train, self.train_samples, device)

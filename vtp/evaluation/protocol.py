@@ -27,6 +27,12 @@ class Evaluate(Job):
 
     def __post_init__(self):
         if not self.evaluators: raise ValueError("evaluators is empty: name at least one measurement")
+        kept = (*self.of.job.keep, self.of.job.steps)
+        if self.of.step not in (None, *kept): raise ValueError(f"step {self.of.step} is not kept by the job: it keeps {sorted(set(kept))}; name it in keep")
+
+    def check(self):
+        "Whatever an evaluator would find missing after hours of training is found before."
+        for evaluator in self.evaluators: evaluator.check(self.of.job)
 
     def label(self) -> str: return self.of.job.label()
 

@@ -61,7 +61,8 @@ def psnr(image:torch.Tensor, target:torch.Tensor) -> torch.Tensor:
 def ssim(image:torch.Tensor, target:torch.Tensor) -> torch.Tensor:
     "SSIM (B,) of images (B, 3, H, W) in [0, 1]: 1 for equal images. Raises ValueError for images smaller than the window, 11 pixels."
     from torchmetrics.functional.image import structural_similarity_index_measure
-    if min(image.shape[-2:]) < 11: raise ValueError(f"SSIM's window has 11 pixels, these images {tuple(image.shape[-2:])}: use at least 11 × 11")
+    if min(image.shape[-2:]) < 11:
+        raise ValueError(f"SSIM's window has 11 pixels, these images {tuple(image.shape[-2:])}: use at least 11 × 11")
     return structural_similarity_index_measure(image, target, data_range=1., reduction="none")
 
 # %% ../../nbs/72_reconstruction.ipynb #3ae68dc5
@@ -84,7 +85,8 @@ def percent(correct:float, images:int) -> dict:
     if images == 0: raise ValueError("no accuracy of nothing: every sample was bad")
     share, c = correct / images, 1.96 ** 2 / images
     half = (c * share * (1 - share) + c * c / 4) ** .5
-    return {"value": 100 * share, "low": 100 * max(0., share + c / 2 - half) / (1 + c), "high": 100 * min(1 + c, share + c / 2 + half) / (1 + c), "images": images}
+    low, high = max(0., share + c / 2 - half) / (1 + c), min(1 + c, share + c / 2 + half) / (1 + c)
+    return {"value": 100 * share, "low": 100 * low, "high": 100 * high, "images": images}
 
 # %% ../../nbs/72_reconstruction.ipynb #15463ce1
 @dataclass(frozen=True, kw_only=True)

@@ -96,7 +96,7 @@ class ContrastiveLoss(Objective):
     "Text encoder, image projection, temperature and their loss (§3.4)."
     def __init__(self, config:Contrastive, width:int):
         super().__init__()
-        self.config, sigmoid = config, config.loss == "siglip"
+        self.config, self.monitor, sigmoid = config, {}, config.loss == "siglip"
         self.text = TextEncoder(config.text)
         self.visual_proj = nn.Linear(width, config.text.dim, bias=False)
         nn.init.normal_(self.visual_proj.weight, std=width ** -.5)
@@ -105,17 +105,24 @@ class ContrastiveLoss(Objective):
 
     def image_features(self, tokenizer:Tokenizer, images:torch.Tensor) -> torch.Tensor:
         "(b, 3, H, W) in [0, 1] → unit features (b, dim), fp32 or wider; for the loss and for zero-shot classification."
-        tokens = tokenizer.embed(images, tap=self.config.tap, drop=self.config.drop, only_cls=True)
-        return _fp32_unit(self.visual_proj(tokens.cls))
+        return self.project(tokenizer.embed(images, tap=self.config.tap, drop=self.config.drop, only_cls=True).cls)
+
+    def project(self, cls:torch.Tensor) -> torch.Tensor:
+        "Class tokens (b, width) at the tap → unit features (b, dim), fp32 or wider."
+        return _fp32_unit(self.visual_proj(cls))
 
     def text_features(self, ids:torch.Tensor) -> torch.Tensor:
         "(b, n) int64 → unit features (b, dim), fp32 or wider."
         return _fp32_unit(self.text(ids))
 
     def forward(self, tokenizer:Tokenizer, batch:dict[str, torch.Tensor]) -> torch.Tensor:
-        "This rank's share of the loss over the global batch; `batch` as from `view`, images in [0, 1]."
-        features = self.image_features(tokenizer, batch["image"]), self.text_features(batch["ids"])
+        """This rank's share of the loss over the global batch; `batch` as from `view`, images in [0, 1].
+
+        batch['cls'], if there, are the images' class tokens (b, width) at the tap: the trunk need not run again."""
+        seen = self.project(batch["cls"]) if "cls" in batch else self.image_features(tokenizer, batch["image"])
+        features = seen, self.text_features(batch["ids"])
         scale = self.logit_scale.exp()
+        self.monitor = {"scale": scale.detach()}
         if self.config.loss == "siglip": return siglip_loss(*features, scale, self.logit_bias)
         return clip_loss(*features, scale)
 

@@ -55,9 +55,9 @@ class ReconstructionLoss(Objective):
         self.monitor:dict[str, torch.Tensor] = {}
 
     def forward(self, tokenizer:Tokenizer, batch:dict[str, torch.Tensor]) -> torch.Tensor:
-        "batch['image'] (B, 3, H, W) in [0, 1] → scalar"
+        "batch['image'] (B, 3, H, W) in [0, 1] → scalar. batch['z'], if there, is its latent: the encoder need not run again."
         image, config = batch["image"], self.config
-        z = tokenizer.encode(image, drop=config.drop)
+        z = batch["z"] if "z" in batch else tokenizer.encode(image, drop=config.drop)
         decoded = tokenizer.decode(z).to(image.dtype)
         terms = self.terms(decoded, image)
         self.monitor = {**{k: v.detach() for k, v in terms.items()}, "latent_std": z.detach().float().std()}

@@ -287,11 +287,15 @@ class SelfDistillation(Objective):
         self.monitor["teacher_entropy"] = torch.special.entr(targets).sum(-1).mean()
         self.monitor["teacher_confidence"] = targets.amax(-1).mean()
 
+    def recentre(self, means:torch.Tensor):
+        "Centres move towards the step's mean logits (2, K); where these are not finite the step was called off, and they stay."
+        self.centers.lerp_(torch.where(means.isfinite(), means, self.centers), 1 - self.config.center_momentum)
+
     @torch.no_grad()
     def after_step(self, progress:float):
         "Prototypes put back while frozen; the teacher follows; centres and temperature of the next step."
         c = self.config
         if progress <= c.freeze_last_layer: self.head.last_layer.load_state_dict(self.teacher.head.last_layer.state_dict())
         self.teacher.follow(*self.student, cosine(c.momentum, progress))
-        if c.centering == "softmax": self.centers.lerp_(torch.stack(self.means).to(self.centers), 1 - c.center_momentum)
+        if c.centering == "softmax": self.recentre(torch.stack(self.means).to(self.centers))
         self.teacher_temp.fill_(ramp(c.teacher_temp, progress, c.teacher_temp_warmup))

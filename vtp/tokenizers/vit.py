@@ -25,8 +25,11 @@ class ViTTokenizerConfig:
     latent:int = 64        # d, channels of the bottleneck
 
     def __post_init__(self):
-        if self.trunk.patch != self.decoder.patch: raise ValueError(f"trunk.patch={self.trunk.patch} and decoder.patch={self.decoder.patch} must be equal: the decoder writes the patches that the trunk reads")
-        if self.image_size % self.trunk.patch: raise ValueError(f"image_size={self.image_size} must be a multiple of the patch, {self.trunk.patch}")
+        if self.trunk.patch != self.decoder.patch:
+            raise ValueError(f"trunk.patch={self.trunk.patch} and decoder.patch={self.decoder.patch} must be equal: "
+                             "the decoder writes the patches that the trunk reads")
+        if self.image_size % self.trunk.patch:
+            raise ValueError(f"image_size={self.image_size} must be a multiple of the patch, {self.trunk.patch}")
 
     @property
     def name(self) -> str: return f"f{self.trunk.patch}d{self.latent}"
@@ -58,7 +61,9 @@ class Encoder(nn.Module):
         return [self.normalise(i) for i in images] if isinstance(images, (list, tuple)) else (images - self.mean) / self.std
 
     def embed(self, images, tap:str="trunk", **options) -> Tokens|list[Tokens]:
-        "Images (B, 3, H, W) in [0, 1], or a list of several sizes → tokens at `tap`: `trunk` (width D) or `latent` (width d). `options` are the trunk's."
+        """Images (B, 3, H, W) in [0, 1], or a list of several sizes → tokens at `tap`: `trunk` (width D) or `latent` (width d).
+
+        `options` are the trunk's. Raises ValueError for another tap, and what the trunk raises."""
         tokens = self.trunk(self.normalise(images), **options)
         if tap == "trunk": return tokens
         if tap != "latent": raise ValueError(f"tap {tap!r} must be 'trunk' or 'latent'")
@@ -106,7 +111,7 @@ class ViTTokenizer(Tokenizer):
 
     def encode(self, image:torch.Tensor, drop:float=0.) -> torch.Tensor:
         "(B, 3, H, W) in [0, 1] → z (B, d, H/p, W/p); any sides that are multiples of the patch"
-        patches = self.embed(image, "latent", drop=drop).patches
+        patches = self.encoder.bottleneck(self.embed(image, drop=drop).patches)      # of all tokens only these become z
         return rearrange(patches, "b (h w) d -> b d h w", h=image.shape[-2] // self.config.trunk.patch)
 
     def decode(self, z:torch.Tensor, drop:float=0.) -> torch.Tensor:
