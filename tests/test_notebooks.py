@@ -1,6 +1,6 @@
 """Every notebook runs, is clean, and exports exactly the package; every experiment runs at its smallest."""
 import ast
-import json
+import re
 from pathlib import Path
 
 import nbformat
@@ -10,7 +10,7 @@ from nbdev.clean import clean_nb
 from nbdev.config import get_config
 from nbdev.export import nb_export
 from nbdev.test import test_nb as run_nb
-from execnb.nbio import read_nb
+from execnb.nbio import nb2str, read_nb
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
@@ -47,17 +47,19 @@ def test_experiments(path, tmp_path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_export_leaves_no_difference(path, tmp_path):
-    nb_export(path, lib_path=tmp_path)
-    exported = [p for p in tmp_path.rglob("*.py") if p.name not in ("__init__.py", "_modidx.py")]
+    copy = tmp_path / "vtp"                                 # nbdev makes imports of a folder of this name relative
+    nb_export(path, lib_path=copy)
+    exported = [p for p in copy.rglob("*.py") if p.name not in ("__init__.py", "_modidx.py")]
     assert len(exported) == 1
-    assert exported[0].read_text() == (ROOT / "vtp" / exported[0].relative_to(tmp_path)).read_text()
+    ours, theirs = ((folder / exported[0].relative_to(copy)).read_text() for folder in (copy, ROOT / "vtp"))
+    assert re.sub(r"[./\w]*nbs/", "nbs/", ours) == re.sub(r"[./\w]*nbs/", "nbs/", theirs)      # the way to nbs/ depends on the folder
 
 
 @pytest.mark.parametrize("path", [*NOTEBOOKS, *EXPERIMENTS], ids=lambda p: p.stem)
 def test_notebook_is_clean(path):
     cleaned = read_nb(path)
     clean_nb(cleaned, allowed_cell_metadata_keys=["tags"])
-    assert json.loads(json.dumps(cleaned)) == json.loads(path.read_text())
+    assert nb2str(cleaned).strip() == path.read_text().strip()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -1,10 +1,11 @@
 """Two gloo ranks give the losses and gradients of one process, in double precision, for every objective."""
 import pytest
 import torch
+import torch.distributed as torch_dist
 from tiny import clip, job, one_step, rec, ssl
 
 from vtp.config import dumps
-from vtp.dist import start
+from vtp.dist import rank, start
 
 VARIANTS = {
     "clip": (clip(),),
@@ -36,3 +37,16 @@ def test_a_gradient_is_not_zero_by_accident():
     _, gradients, _ = one_step(dumps(job(dtype="fp64")))
     for part in ("encoder.trunk", "decoder", "objectives.clip.text", "objectives.ssl.head"):
         assert sum(g.abs().sum() for name, g in gradients.items() if part in name) > 0, part
+
+
+def fail(bad):
+    "Fails on one rank while the other waits for it."
+    if rank() == bad:
+        raise RuntimeError(f"rank {bad} was told to fail")
+    torch_dist.barrier()
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_the_error_of_a_rank_is_the_error_that_arrives(bad):
+    with pytest.raises(Exception, match=f"rank {bad} was told to fail"):
+        start(fail, bad, nproc=2)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['alone', 'rank', 'world', 'is_main', 'device', 'sum_ranks', 'any_rank', 'gather', 'gather_objects', 'barrier', 'wrap',
-           'unwrap', 'session', 'cores', 'start', 'hello', 'fail_on']
+           'unwrap', 'session', 'cores', 'start', 'hello']
 
 # %% ../nbs/01_dist.ipynb #0a033fe2
 import os
@@ -164,8 +164,3 @@ def hello() -> tuple[int, int, list]:
     "World size, sum of rank + 1 and gathered ranks: a check that a group works."
     mine = torch.tensor([float(rank())])
     return world(), int(sum_ranks(mine + 1)), gather(mine).tolist()
-
-def fail_on(bad_rank:int):
-    "Raises on one rank: a check that its error, and not a lost connection, is what arrives."
-    if rank() == bad_rank: raise RuntimeError(f"rank {bad_rank} was told to fail")
-    barrier()
