@@ -98,3 +98,39 @@ def test_a_run_in_use():
     run = create(path_of(small), small, HERE)
     with locked(run):
         refuses(small, "is being written by process", RuntimeError)
+
+
+def test_an_evaluation_that_cannot_work_is_refused_before_training():
+    from vtp.data.shapes import Shapes
+    from vtp.evaluation.protocol import Evaluate
+    from vtp.evaluation.zero_shot import ZeroShot
+    from vtp.job import At
+
+    small = job((rec(),))
+    with pytest.raises(ValueError, match="no text tower"):
+        launch(Evaluate(At(small), (ZeroShot(data=Shapes(count=32, size=16, split="val")),)), machine=HERE)
+    assert not run_of(small).path.exists()
+    with pytest.raises(ValueError, match="step 3 is not kept"):
+        Evaluate(At(small, 3), (ZeroShot(data=Shapes(count=32, size=16, split="val")),))
+
+
+def test_a_run_that_is_not_done_is_not_collected_as_done(monkeypatch):
+    import vtp.pretrain as package
+    from vtp.results import collect
+
+    small = job(steps=6, log_every=2, keep=(2,))
+    step = package.train_step
+
+    def broken(model, batch, opt, config, number):
+        if number == 4:
+            raise RuntimeError("the power went")
+        return step(model, batch, opt, config, number)
+
+    monkeypatch.setattr(package, "train_step", broken)
+    with pytest.raises(RuntimeError, match="the power went"):
+        launch(small, machine=HERE)
+    with pytest.raises(FileNotFoundError, match="has not run to its end"):
+        collect({"broken": small})
+    assert len(collect({"broken": small}, partial=True)) == 2
+    with pytest.raises(FileNotFoundError, match="no whole checkpoint of step 6"):
+        package.load(small)

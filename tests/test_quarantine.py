@@ -50,3 +50,52 @@ def test_a_source_of_nothing_but_rubbish(tmp_path):
     source = Shards(shard(tmp_path / "all.tar", {i: b"rubbish" for i in range(80)}))
     with pytest.raises(RuntimeError, match="samples in a row could not be read"):
         launch(job((rec(),), pairs=source, steps=2), machine=HERE)
+
+
+def test_what_the_index_rejects_is_listed_too(tmp_path):
+    path = shard(tmp_path / "pairs.tar", {})
+    with tarfile.open(path, "a") as tar:                     # two images that nobody captioned
+        for name in ("x1.png", "x2.png"):
+            info = tarfile.TarInfo(name)
+            info.size = 4
+            tar.addfile(info, io.BytesIO(b"\x89PNG"))
+    run, = launch(job(pairs=Shards(path), steps=5), machine=HERE)
+    assert {row["key"]: row["step"] for row in run.rows("quarantine")} == {"x1": 0, "x2": 0}
+    assert run.rows()[-1]["bad"] == 2
+
+
+def test_a_source_that_is_mostly_unusable_is_refused_at_once(tmp_path):
+    path = shard(tmp_path / "pairs.tar", {})
+    with tarfile.open(path, "a") as tar:
+        for i in range(40):
+            info = tarfile.TarInfo(f"x{i}.png")
+            info.size = 4
+            tar.addfile(info, io.BytesIO(b"\x89PNG"))
+    small = job(pairs=Shards(path))
+    with pytest.raises(ValueError, match="40 of 120 samples can't be used"):
+        launch(small, machine=HERE)
+    assert not run_of(small).path.exists()
+
+
+def test_other_shards_on_resume_are_refused(tmp_path, monkeypatch):
+    import signal
+
+    import vtp.pretrain as package
+
+    shard(tmp_path / "a.tar", {})
+    small, step = job(pairs=Shards(str(tmp_path / "*.tar"))), package.train_step
+
+    def interrupted(model, batch, opt, config, number):
+        if number == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return step(model, batch, opt, config, number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(package, "train_step", interrupted)
+        with pytest.raises(InterruptedError):
+            launch(small, machine=HERE)
+    shard(tmp_path / "b.tar", {}, count=20)
+    with pytest.raises(ValueError, match="began on other data"):
+        launch(small, machine=HERE)
+    (tmp_path / "b.tar").unlink()
+    assert launch(small, machine=HERE)[0].done
