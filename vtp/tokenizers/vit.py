@@ -9,6 +9,7 @@ __all__ = ['MEAN', 'STD', 'ViTTokenizerConfig', 'pixel_statistics', 'Encoder', '
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
@@ -85,12 +86,15 @@ class PixelDecoder(Blocks):
         pixel_statistics(self)
 
     def forward(self, z:torch.Tensor, drop:float=0.) -> torch.Tensor:
-        grid = tuple(z.shape[-2:])
-        tokens = rearrange(self.proj_in(z), "b d h w -> b (h w) d")
-        tokens = super().forward(tokens, grid, drop)
-        patches = self.proj_out(rearrange(tokens, "b (h w) d -> b d h w", h=grid[0]))
-        image = rearrange(patches, "b (c p q) h w -> b c (h p) (w q)", p=self.patch, q=self.patch)
+        tokens = self.pointwise(self.proj_in, rearrange(z, "b d h w -> b (h w) d"))
+        patches = self.pointwise(self.proj_out, super().forward(tokens, tuple(z.shape[-2:]), drop))
+        image = rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=z.shape[-2], p=self.patch, q=self.patch)
         return image * self.std + self.mean
+
+    @staticmethod
+    def pointwise(conv:nn.Conv2d, tokens:torch.Tensor) -> torch.Tensor:
+        "A 1×1 convolution is a linear layer on tokens (B, N, C): no change of layout, and gradients that lie in memory as their weights do."
+        return F.linear(tokens, conv.weight.flatten(1), conv.bias)
 
 # %% ../../nbs/31_tokenizer.ipynb #af630f9c
 class ViTTokenizer(Tokenizer):
