@@ -120,14 +120,17 @@ def sources(scale:str, pairs:str="", val:str="", manifest:str="") -> tuple:
     return replace(shards, split="train"), replace(shards, split="val")
 
 # %% ../nbs/80_recipes.ipynb #d12985a3
+def _few(wanted:int|None, reader) -> int|None:
+    "So many samples, or as many as there are."
+    return wanted and min(wanted, len(reader))
+
 def measure(job:Pretrain, val, scale:str) -> Evaluate:
     "The evaluation of a finished job on `val`: reconstruction; with labels a probe at both taps and zero-shot; with captions alone retrieval. Text measures need a contrastive objective."
     reader, s, text = val.open(), SCALES[scale], "clip" in job.weights
-    few = lambda wanted, source: wanted if wanted is None else min(wanted, len(source))
-    images = few(s.val_samples, reader)
+    images = _few(s.val_samples, reader)
     found = [ReconstructionQuality(data=val, samples=images, perceptual=job.objectives[-1].perceptual)]
     if reader.labelled:
-        settings = s.probe | dict(train_samples=few(s.probe.get("train_samples"), job.pairs.open()), val_samples=images)
+        settings = s.probe | dict(train_samples=_few(s.probe.get("train_samples"), job.pairs.open()), val_samples=images)
         found += [LinearProbe(train=job.pairs, val=val, tap=tap, pool=pool, **settings) for tap, pool in s.taps]
     if reader.labelled and text: found.append(ZeroShot(data=val, samples=images))
     if not reader.labelled and text: found.append(Retrieval(data=val, samples=images))
