@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import HERE, clip, job, rec, ssl
+from tiny import HERE, clip, job, rec, ssl, stop_at
 
 from vtp.config import digest, dumps, loads
 from vtp.data.shapes import Shapes
@@ -42,21 +42,10 @@ def test_two_processes_train_the_same_model(tmp_path, monkeypatch):
 
 def test_a_resume_on_two_processes(tmp_path, monkeypatch):
     "A run that one process began is finished by two, on the same samples."
-    import signal
-
-    import vtp.pretrain as package
-
     small = job((clip(), ssl(drop=0.0), rec()), steps=6, dtype="fp64", log_every=2)
     weights, rows = trained(small, HERE, tmp_path / "one", monkeypatch)
-    step = package.train_step
-
-    def interrupted(model, batch, opt, config, number):
-        if number == 2:
-            signal.raise_signal(signal.SIGTERM)
-        return step(model, batch, opt, config, number)
-
     with monkeypatch.context() as patched:
-        patched.setattr(package, "train_step", interrupted)
+        stop_at(patched, 2)
         with pytest.raises(InterruptedError):
             trained(small, HERE, tmp_path / "both", monkeypatch)
     again, rows2 = trained(small, replace(HERE, procs=2), tmp_path / "both", monkeypatch)

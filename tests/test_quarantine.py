@@ -5,7 +5,7 @@ import tarfile
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import HERE, job, rec
+from tiny import HERE, job, rec, stop_at
 
 from vtp.data.pairs import Shards
 from vtp.job import launch, run_of
@@ -78,20 +78,10 @@ def test_a_source_that_is_mostly_unusable_is_refused_at_once(tmp_path):
 
 
 def test_other_shards_on_resume_are_refused(tmp_path, monkeypatch):
-    import signal
-
-    import vtp.pretrain as package
-
     shard(tmp_path / "a.tar", {})
-    small, step = job(pairs=Shards(str(tmp_path / "*.tar"))), package.train_step
-
-    def interrupted(model, batch, opt, config, number):
-        if number == 2:
-            signal.raise_signal(signal.SIGTERM)
-        return step(model, batch, opt, config, number)
-
+    small = job(pairs=Shards(str(tmp_path / "*.tar")))
     with monkeypatch.context() as patched:
-        patched.setattr(package, "train_step", interrupted)
+        stop_at(patched, 2)
         with pytest.raises(InterruptedError):
             launch(small, machine=HERE)
     shard(tmp_path / "b.tar", {}, count=20)

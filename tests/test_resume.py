@@ -1,17 +1,12 @@
 """k steps, stop, resume: bitwise the weights, teacher, moments, rows and sample order of an uninterrupted run."""
-import signal
-
 import pytest
 import torch
 from dataclasses import replace
-from tiny import HERE, clip, job, rec, ssl
+from tiny import HERE, clip, job, rec, ssl, stop_at
 
-import vtp.pretrain as package
 from vtp.data.batch_sampling import Batches, loader
 from vtp.data.shapes import Shapes
 from vtp.job import launch, run_of
-
-STEP = package.train_step
 
 
 def state(run):
@@ -28,17 +23,6 @@ def same(a, b):
     assert a[1:] == b[1:]
 
 
-def interrupted(monkeypatch, at, order):
-    "train_step that raises SIGTERM in some steps and notes the pixels it is given."
-    def step(model, batch, opt, config, number):
-        order.append((number, float(batch["rec"]["image"].double().sum())))
-        if number in at:
-            at.remove(number)
-            signal.raise_signal(signal.SIGTERM)
-        return STEP(model, batch, opt, config, number)
-    monkeypatch.setattr(package, "train_step", step)
-
-
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("objectives", [(rec(),), (clip(), ssl(), rec()), (ssl(centering="softmax"), rec())], ids=["AE", "VTP", "SSL+AE, softmax"])
 @pytest.mark.parametrize("stops,workers", [((3,), (0, 0)), ((5, 6), (0, 1, 2))], ids=["once", "twice in an epoch, other workers"])
@@ -46,10 +30,11 @@ def test_resume_is_bitwise(tmp_path, monkeypatch, objectives, stops, workers):
     small = job(objectives, pairs=Shapes(count=400, size=16))     # 12 steps of 16 lie within one epoch
     order, again = [], []
     monkeypatch.setenv("VTP_RUNS", str(tmp_path / "straight"))
-    interrupted(monkeypatch, set(), order)
-    straight = state(launch(small, machine=HERE)[0])
+    with monkeypatch.context() as patched:
+        stop_at(patched, order=order)
+        straight = state(launch(small, machine=HERE)[0])
     monkeypatch.setenv("VTP_RUNS", str(tmp_path / "stopped"))
-    interrupted(monkeypatch, set(stops), again)
+    stop_at(monkeypatch, *stops, order=again)
     for count, number in enumerate(stops):
         with pytest.raises(InterruptedError, match="launch again"):
             launch(small, machine=replace(HERE, workers=workers[count]))
@@ -63,7 +48,7 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("VTP_RUNS", str(tmp_path / "straight"))
     straight = state(launch(small, machine=HERE)[0])
     monkeypatch.setenv("VTP_RUNS", str(tmp_path / "torn"))
-    interrupted(monkeypatch, {5}, [])
+    stop_at(monkeypatch, 5)
     with pytest.raises(InterruptedError):
         launch(small, machine=HERE)
     run = run_of(small)

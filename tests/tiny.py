@@ -1,4 +1,7 @@
 """The smallest real job with all three objectives: what the tests of the engine train."""
+import signal
+
+import vtp.pretrain as package
 from vtp.data.augment import CropConfig
 from vtp.data.shapes import Shapes
 from vtp.dist import rank, sum_ranks, world, wrap
@@ -55,3 +58,18 @@ def one_step(text, step=0):
     masked = int(views["ssl"]["masked_weight"].gt(0).sum()) if "ssl" in views else 0
     return ({name: float(sum_ranks(loss) / world()) for name, loss in losses.items()},
             {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, masked)
+
+
+def stop_at(patch, *steps, order=None):
+    "Make training raise SIGTERM in the middle of these steps, each once; `order` notes the pixels of every step."
+    left, step = set(steps), package.train_step
+
+    def interrupted(model, batch, opt, config, number):
+        if order is not None:
+            order.append((number, float(batch["rec"]["image"].double().sum())))
+        if number in left:
+            left.remove(number)
+            signal.raise_signal(signal.SIGTERM)
+        return step(model, batch, opt, config, number)
+
+    patch.setattr(package, "train_step", interrupted)
