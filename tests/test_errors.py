@@ -1,6 +1,5 @@
 """Bad input gets a clear error before any training, and the error names the fix."""
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest

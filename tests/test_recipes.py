@@ -1,5 +1,4 @@
 """Recipes keep their names: a changed default or a renamed field shows here before it orphans runs."""
-from dataclasses import fields
 
 import pytest
 

@@ -4,11 +4,10 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny import HERE, job
+from tiny import job
 
 from vtp.job import run_of
 

@@ -7,10 +7,8 @@ __all__ = ['Machine', 'Job', 'At', 'inputs', 'path_of', 'run_of', 'ordered', 'la
 
 # %% ../nbs/03_job.ipynb #9d0a16b5
 import dataclasses
-import json
 import pkgutil
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar

@@ -7,7 +7,6 @@ __all__ = ['DTYPES', 'CAPTION', 'train_step', 'to_device', 'Pretrain', 'Cost', '
            'metrics_row', 'stop_signal', 'save', 'resume', 'seed_step', 'prepare', 'train', 'load']
 
 # %% ../nbs/51_pretrain.ipynb #f18b7b46
-import math
 import signal
 import time
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from torch import nn
 from .data.batch_sampling import Batches, hands, loader
 from .data.samples import Bad, Pair, mix
 from .dist import alone, any_rank, device, gather_objects, is_main, rank, sum_ranks, unwrap, world, wrap
-from .flops import Flops, count
+from .flops import count
 from .interfaces import Draw, Evaluator, ObjectiveConfig
 from .job import At, Job, path_of, progress
 from .objectives.overall import Overall
@@ -131,7 +130,8 @@ def cost(job:Pretrain) -> Cost:
 
 def freeze_unused(model:nn.Module, job:Pretrain) -> nn.Module:
     "`model` with the parameters that no objective reaches frozen, in place: ranks would wait for gradients that never come."
-    for name, parameter in model.named_parameters(): parameter.requires_grad_(parameter.requires_grad and name in cost(job).trained)
+    trained = cost(job).trained
+    for name, parameter in model.named_parameters(): parameter.requires_grad_(parameter.requires_grad and name in trained)
     return model
 
 def budget(job:Pretrain, steps:int) -> dict[str, float]:
@@ -141,12 +141,13 @@ def budget(job:Pretrain, steps:int) -> dict[str, float]:
 # %% ../nbs/51_pretrain.ipynb #2b6d29eb
 class Ledger:
     "Counts of what was read, replaced and skipped; rows for `quarantine.jsonl`."
-    def __init__(self, run:Run, job:Pretrain):
-        self.run, self.job, self.pending = run, job, []
+    def __init__(self, run:Run, job:Pretrain, reader):
+        self.run, self.job, self.reader, self.pending = run, job, reader, []
         self.state = dict(bad=0, indexed=0, skipped=0, in_a_row=0)
 
-    def begin(self, found:list[Bad]):
+    def begin(self):
         "List what was unusable in the source before anything was read, as step 0."
+        found = self.reader.bad
         self.state.update(bad=len(found), indexed=len(found))
         for sample in found: self._write(dict(step=0, key=sample.key, shard=sample.shard, reason=sample.reason))
 
@@ -196,20 +197,21 @@ def stop_signal():
 # %% ../nbs/51_pretrain.ipynb #a40caad9
 def save(run:Run, job:Pretrain, model:nn.Module, opt:torch.optim.AdamW, ledger:Ledger, done:int):
     "Write a checkpoint from rank 0; ranks hold the same state."
-    if is_main(): run.save(done, {"model": unwrap(model).state_dict(), "optim": optim_tensors(opt)}, {"ledger": ledger.state, "data": ledger.data}, keep=job.keep)
+    if is_main(): run.save(done, {"model": unwrap(model).state_dict(), "optim": optim_tensors(opt)}, {"ledger": ledger.state, "data": ledger.reader.digest}, keep=job.keep)
 
-def resume(run:Run, model:nn.Module, opt:torch.optim.AdamW, ledger:Ledger, reader) -> int:
+def resume(run:Run, model:nn.Module, opt:torch.optim.AdamW, ledger:Ledger) -> int:
     """Continue from the newest whole checkpoint, which rank 0 finds and verifies for all: how many steps are done.
 
     Raises ValueError if the data are not those the run began with: the order of samples would be another."""
     checkpoint = run.latest() if is_main() else None
     if is_main(): run.rewind(checkpoint)
     step = gather_objects(checkpoint and checkpoint.step)[0]
-    ledger.data = reader.digest
-    if step is None: return ledger.begin(reader.bad) or 0
-    checkpoint = run.at(step)
-    if checkpoint.state["data"] != reader.digest:
-        raise ValueError(f"{run.path.name} began on other data (index {checkpoint.state['data']}, now {reader.digest}): put the shards back as they were, or start a new run with another seed or path")
+    if step is None:
+        ledger.begin()
+        return 0
+    checkpoint, now = next(c for c in run.checkpoints() if c.step == step), ledger.reader.digest
+    if checkpoint.state["data"] != now:
+        raise ValueError(f"{run.path.name} began on other data (index {checkpoint.state['data']}, now {now}): put the shards back as they were, or start a new run with another seed or path")
     model.load_state_dict(checkpoint.tensors("model"))
     load_optim(opt, checkpoint.tensors("optim"))
     ledger.state.update(checkpoint.state["ledger"])
@@ -233,13 +235,12 @@ def train(self:Pretrain, run:Run) -> bool:
     "Train from the last checkpoint to the end, or to a stop signal; True at the end."
     machine, where, dtype = run.machine, device(run.machine.device), DTYPES[self.dtype]
     batches = Batches(self.pairs, self.objectives, self.seed, self.steps, rank(), world())
-    model, ledger = freeze_unused(self.build(where), self).train(), Ledger(run, self)
+    model, ledger = freeze_unused(self.build(where), self).train(), Ledger(run, self, batches.reader)
     opt = adamw(model, self.optim)
-    done = resume(run, model, opt, ledger, batches.reader)
+    done = resume(run, model, opt, ledger)
     prepare(model, machine)
     wrapped = wrap(model, machine.sharding)
-    saved = started = time.monotonic()
-    began, due_rows = done, lambda step: step % self.log_every == 0 or step == self.steps or step in self.keep
+    saved, started, began = time.monotonic(), time.monotonic(), done
     with stop_signal() as stop, progress(self.steps, done, run.path.name) as bar, torch.random.fork_rng():
         for batch in loader(batches, done, machine.workers, pin=where.type == "cuda"):
             keys, bad = batch.pop("keys"), batch.pop("bad")
@@ -248,11 +249,11 @@ def train(self:Pretrain, run:Run) -> bool:
             ledger.add(done, keys, bad, numbers["stepped"])
             done += 1
             bar.update()
-            due = due_rows(done)
+            due = done % self.log_every == 0 or done == self.steps or done in self.keep
             stopping, late = any_rank(bool(stop), time.monotonic() - saved > 60 * machine.save_minutes)    # the same answer on all ranks, after every step
             if not (due or stopping or late): continue
             ledger.settle(done)
-            if due: _report(self, run, wrapped, numbers, ledger, batches.reader, done, bar, dict(seconds=time.monotonic() - started, steps=done - began, workers=machine.workers))
+            if due: _report(self, run, wrapped, numbers, ledger, done, bar, dict(seconds=time.monotonic() - started, steps=done - began, workers=machine.workers))
             if stopping or late or done in self.keep or done == self.steps:
                 save(run, self, model, opt, ledger, done)
                 saved = time.monotonic()
@@ -262,7 +263,7 @@ def train(self:Pretrain, run:Run) -> bool:
 Pretrain.__call__ = train
 
 # %% ../nbs/51_pretrain.ipynb #05593e23
-def _report(job:Pretrain, run:Run, model:nn.Module, numbers:dict, ledger:Ledger, reader, done:int, bar, timing:dict):
+def _report(job:Pretrain, run:Run, model:nn.Module, numbers:dict, ledger:Ledger, done:int, bar, timing:dict):
     "A metrics row, a timing row, a picture now and then, and the probes at kept steps."
     row = metrics_row(job, model, numbers, ledger, done)
     bar.set_postfix_str(" ".join(f"{k} {row[k]:.3g}" for k in ("loss", *job.weights)), refresh=False)
@@ -271,7 +272,7 @@ def _report(job:Pretrain, run:Run, model:nn.Module, numbers:dict, ledger:Ledger,
     if not is_main(): return
     for each in (row, *found): run.log(each)
     run.log({"step": done, **timing, "samples_per_second": timing["steps"] * job.batch / timing["seconds"]}, "timing")
-    if "rec" in job.weights and (done == job.steps or done % (max(1, job.steps // 10 // job.log_every) * job.log_every) == 0): _picture(job, run, model, reader, done)
+    if "rec" in job.weights and (done == job.steps or done % (max(1, job.steps // 10 // job.log_every) * job.log_every) == 0): _picture(job, run, model, ledger.reader, done)
 
 @torch.inference_mode()
 def _picture(job:Pretrain, run:Run, model:nn.Module, reader, done:int):

@@ -25,7 +25,7 @@ from .perceptual import PerceptualConfig
 from .pretrain import Pretrain
 from .text import TextConfig
 from .tokenizers.vit import ViTTokenizerConfig
-from .vit import ViTConfig, size
+from .vit import ViTConfig
 
 # %% ../nbs/80_recipes.ipynb #4eb2ff4f
 @dataclass(frozen=True)

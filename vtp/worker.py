@@ -8,9 +8,8 @@ __all__ = ['environment', 'work', 'main']
 # %% ../nbs/04_worker.ipynb #da783c57
 import json
 import platform
-import signal
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
 
 from ..data.augment import CropConfig, random_crops
 from ..interfaces import Draw, Objective, ObjectiveConfig, Tokenizer

@@ -6,7 +6,7 @@
 __all__ = ['MEAN', 'STD', 'ViTTokenizerConfig', 'pixel_statistics', 'Encoder', 'PixelDecoder', 'ViTTokenizer']
 
 # %% ../../nbs/31_tokenizer.ipynb #28baa34f
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
