@@ -18,7 +18,8 @@ from vtp.data.batch_sampling import Batches
 from vtp.flops import count
 from vtp.job import Machine
 from vtp.optim import adamw
-from vtp.pretrain import DTYPES, cost, freeze_unused, prepare, to_device, train_step
+from vtp.loop import DTYPES, prepare, to_device
+from vtp.pretrain import cost, freeze_unused, train_step
 from vtp.recipes import VTP, at
 from vtp.tokenizers.vit import ViTTokenizerConfig
 from vtp.vit import size

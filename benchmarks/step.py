@@ -34,7 +34,8 @@ from vtp.objectives.reconstruction import Reconstruction
 from vtp.objectives.self_supervised import SelfSupervised
 from vtp.optim import adamw, guarded_step
 from vtp.perceptual import PerceptualConfig
-from vtp.pretrain import DTYPES, Pretrain, to_device, train_step
+from vtp.loop import DTYPES, to_device
+from vtp.pretrain import Pretrain, train_step
 from vtp.recipes import VTP, at
 from vtp.text import TextConfig, bpe, cut
 from vtp.tokenizers.vit import ViTTokenizerConfig

@@ -132,4 +132,4 @@ def test_a_run_that_is_not_done_is_not_collected_as_done(monkeypatch):
         collect({"broken": small})
     assert len(collect({"broken": small}, partial=True)) == 2
     with pytest.raises(FileNotFoundError, match="no whole checkpoint of step 6"):
-        package.load(small)
+        small.load()

@@ -12,7 +12,8 @@ from vtp.objectives.reconstruction import Reconstruction
 from vtp.objectives.self_supervised import SelfSupervised
 from vtp.optim import OptimConfig
 from vtp.perceptual import PerceptualConfig
-from vtp.pretrain import DTYPES, Pretrain, freeze_unused, to_device
+from vtp.loop import DTYPES, to_device
+from vtp.pretrain import Pretrain, freeze_unused
 from vtp.text import TextConfig
 from vtp.tokenizers.vit import ViTTokenizerConfig
 from vtp.vit import ViTConfig

@@ -6,6 +6,7 @@
 __all__ = ['Tokenizer', 'Draw', 'ObjectiveConfig', 'Objective', 'Evaluator']
 
 # %% ../nbs/30_interfaces.ipynb #c340736a
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -19,6 +20,7 @@ class Tokenizer(nn.Module):
     "Images in [0, 1] ⇄ latents. A subclass sets `image_size` and `latent_shape` and defines `encode` and `decode`."
     image_size:int                   # side of the square images it is trained on
     latent_shape:tuple[int, int, int]  # (C, h, w) at that size
+    decoding:ClassVar[tuple[str, ...]] = ("decoder.",)   # how the names of those parameters begin that only `decode` uses
 
     def encode(self, image:torch.Tensor) -> torch.Tensor:
         "(B, 3, H, W) in [0, 1] → z (B, C, h, w)"
@@ -31,6 +33,15 @@ class Tokenizer(nn.Module):
     def forward(self, image:torch.Tensor) -> torch.Tensor:
         "The reconstruction of `image`."
         return self.decode(self.encode(image))
+
+    def encoder_hash(self) -> str:
+        "Ten hexadecimal digits over all weights and buffers that `encode` uses: latents belong to the encoder that made them, whatever decodes them."
+        found = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            if name.startswith(self.decoding): continue
+            found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            found.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()[:10]
 
 # %% ../nbs/30_interfaces.ipynb #8ba5308c
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ class OptimConfig:
     weight_decay:float = .1
     warmup_steps:int = 2000
     final:float = .02                          # last learning rate, as a fraction of the peak
-    clip:float = 3.                            # largest gradient norm
+    clip:float|None = 3.                       # largest gradient norm; None: gradients as they are
 
     def __post_init__(self):
-        if self.lr <= 0 or self.clip <= 0: raise ValueError(f"lr={self.lr} and clip={self.clip} must be positive")
+        if self.lr <= 0 or self.clip is not None and self.clip <= 0: raise ValueError(f"lr={self.lr} and clip={self.clip} must be positive")
         if self.warmup_steps < 0 or not 0 <= self.final <= 1:
             raise ValueError(f"warmup_steps={self.warmup_steps} must not be negative, final={self.final} must be in [0, 1]")
 
@@ -54,10 +54,10 @@ def adamw(model:nn.Module, config:OptimConfig) -> torch.optim.AdamW:
     "AdamW over the groups of `model`, fused so that a step can be called off on the device."
     return torch.optim.AdamW(groups(model, config.weight_decay), lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
-def guarded_step(opt:torch.optim.AdamW, clip:float, lr:float) -> tuple[torch.Tensor, torch.Tensor]:
+def guarded_step(opt:torch.optim.AdamW, clip:float|None, lr:float) -> tuple[torch.Tensor, torch.Tensor]:
     "Clip, then step with `lr`, unless the gradient's norm is not finite; (norm, whether it stepped) as tensors. Clears the gradients."
     params = [p for group in opt.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(params, clip, foreach=True)
+    norm = nn.utils.clip_grad_norm_(params, math.inf if clip is None else clip, foreach=True)
     for group in opt.param_groups: group["lr"] = lr
     finite = torch.isfinite(norm)
     opt.found_inf, opt.grad_scale = (~finite).to(torch.float32), None

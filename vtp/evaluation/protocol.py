@@ -14,7 +14,6 @@ import torch
 from ..dist import device, is_main
 from ..interfaces import Evaluator
 from ..job import At, Job, progress
-from ..pretrain import budget, load
 from ..run import Run
 
 # %% ../../nbs/70_protocol.ipynb #e7a6a1e3
@@ -27,8 +26,7 @@ class Evaluate(Job):
 
     def __post_init__(self):
         if not self.evaluators: raise ValueError("evaluators is empty: name at least one measurement")
-        kept = (*self.of.job.keep, self.of.job.steps)
-        if self.of.step not in (None, *kept): raise ValueError(f"step {self.of.step} is not kept by the job: it keeps {sorted(set(kept))}; name it in keep")
+        self.of.check()
 
     def check(self):
         "Whatever an evaluator would find missing after hours of training is found before."
@@ -39,10 +37,10 @@ class Evaluate(Job):
     def __call__(self, run:Run) -> bool:
         where, step = device(run.machine.device), self.of.step or self.of.job.steps
         if is_main(): run.rewind(None)
-        model = load(self.of, where)
+        model, spent = self.of.load(where), self.of.spent()
         with progress(len(self.evaluators), what=run.path.name, unit="evaluator") as bar, torch.random.fork_rng():
             for evaluator in self.evaluators:
                 for row in evaluator.rows(model, where):
-                    if is_main(): run.log({**row, "step": step, **budget(self.of.job, step)})
+                    if is_main(): run.log({**row, "step": step, **spent})
                 bar.update()
         return True
