@@ -7,8 +7,10 @@ __all__ = ['Machine', 'Job', 'At', 'load', 'inputs', 'path_of', 'run_of', 'order
 
 # %% ../nbs/03_job.ipynb #9d0a16b5
 import dataclasses
+import multiprocessing
 import pkgutil
 import sys
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -21,7 +23,8 @@ from .run import Run, create, runs
 @dataclass(frozen=True)
 class Machine:
     "How a job is run. Nothing here may change a result."
-    procs:int = 1              # processes on this machine; on GPUs, one each
+    procs:int = 1              # processes of a job on this machine; on GPUs, one each
+    jobs:int = 1               # jobs that run at the same time where none is another's input
     device:str = "auto"        # "auto", "cpu", "cuda"
     workers:int = 1            # loader processes for each rank; 0 loads in the training process
     compile:bool = False       # torch.compile the model
@@ -30,8 +33,8 @@ class Machine:
     save_minutes:float = 5.    # wall-clock minutes between checkpoints
 
     def __post_init__(self):
-        if self.procs < 1 or self.workers < 0:
-            raise ValueError(f"procs={self.procs} must be at least 1 and workers={self.workers} at least 0")
+        if min(self.procs, self.jobs) < 1 or self.workers < 0:
+            raise ValueError(f"procs={self.procs} and jobs={self.jobs} must be at least 1, workers={self.workers} at least 0")
 
 # %% ../nbs/03_job.ipynb #fb88221c
 @dataclass(frozen=True)
@@ -107,15 +110,39 @@ def ordered(jobs) -> list[Job]:
 def launch(*jobs:Job, machine:Machine=Machine()) -> list[Run]:
     """Run the jobs and their inputs, those that are done excepted; their runs.
 
-    Raises what a rank raised; InterruptedError if a job stopped early."""
+    Raises what a rank raised; InterruptedError if a job stopped early. With `machine.jobs` > 1 the jobs that are running when one fails are finished first."""
     todo = [job for job in ordered(jobs) if not run_of(job).done]
     for job in todo: job.check()
-    for job in todo:
-        run = create(path_of(job), job, machine)
-        print(f"{'continuing' if run.checkpoints() else 'starting'} {run.path.name}", flush=True)
-        start(pkgutil.resolve_name("vtp.worker:work"), str(run.path), nproc=machine.procs)
-        if not run.done: raise InterruptedError(f"{run.path.name} was stopped and has saved its state: launch again to continue")
+    if machine.jobs == 1 or len(todo) < 2:
+        for job in todo: _finished(job, _start(job, machine))
+    else: _together(todo, machine)
     return [run_of(job) for job in jobs]
+
+def _work(path:str, procs:int):
+    "Call the job in the run directory `path`."
+    return start(pkgutil.resolve_name("vtp.worker:work"), path, nproc=procs)
+
+def _start(job:Job, machine:Machine, call=lambda *call: call[0](*call[1:])):
+    "Make the run directory and begin; `call` decides where."
+    run = create(path_of(job), job, machine)
+    print(f"{'continuing' if run.checkpoints() else 'starting'} {run.path.name}", flush=True)
+    return call(_work, str(run.path), machine.procs)
+
+def _finished(job:Job, result):
+    "Raise InterruptedError unless the job has run to its end."
+    run = run_of(job)
+    if not run.done: raise InterruptedError(f"{run.path.name} was stopped and has saved its state: launch again to continue")
+
+def _together(todo:list[Job], machine:Machine):
+    "Run each job once its inputs are done, `machine.jobs` at a time, in processes that serve one job after the other."
+    waiting, running = list(todo), {}
+    with ProcessPoolExecutor(min(machine.jobs, len(todo)), multiprocessing.get_context("spawn")) as pool:
+        while waiting or running:
+            for job in [job for job in waiting if not any(one in waiting or one in running.values() for one in inputs(job))]:
+                if len(running) == machine.jobs: break
+                waiting.remove(job)
+                running[_start(job, machine, pool.submit)] = job
+            for future in wait(running, return_when=FIRST_COMPLETED).done: _finished(running.pop(future), future.result())
 
 # %% ../nbs/03_job.ipynb #65d27fd5
 class _Lines:
