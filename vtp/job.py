@@ -8,6 +8,7 @@ __all__ = ['Machine', 'Job', 'At', 'load', 'inputs', 'path_of', 'run_of', 'order
 # %% ../nbs/03_job.ipynb #9d0a16b5
 import dataclasses
 import multiprocessing
+import os
 import pkgutil
 import sys
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -133,10 +134,15 @@ def _finished(job:Job, result):
     run = run_of(job)
     if not run.done: raise InterruptedError(f"{run.path.name} was stopped and has saved its state: launch again to continue")
 
+def _share_cores(jobs:int):
+    "In a started process: leave cores to the other jobs. `vtp.dist.cores` respects the variable."
+    mine = max(1, len(os.sched_getaffinity(0)) // jobs)
+    os.environ["OMP_NUM_THREADS"] = str(min(mine, int(os.environ.get("OMP_NUM_THREADS", mine))))
+
 def _together(todo:list[Job], machine:Machine):
     "Run each job once its inputs are done, `machine.jobs` at a time, in processes that serve one job after the other."
     waiting, running = list(todo), {}
-    with ProcessPoolExecutor(min(machine.jobs, len(todo)), multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(machine.jobs, len(todo)), multiprocessing.get_context("spawn"), _share_cores, (machine.jobs,)) as pool:
         while waiting or running:
             for job in [job for job in waiting if not any(one in waiting or one in running.values() for one in inputs(job))]:
                 if len(running) == machine.jobs: break
