@@ -152,7 +152,7 @@ def _rows(job:Pretrain, run:Run, model:Overall, reader, numbers:dict, done:int) 
     spent = budget(job, done)
     row = {"step": done, **spent, **averages(numbers | model.monitor()), "lr": lr_at(job.optim, done - 1, job.steps)}
     probes = job.probes if done in job.keep or done == job.steps else ()
-    found = [{**r, "step": done, **spent} for probe in probes for r in probe.rows(model, next(model.parameters()).device)]
+    found = [{**r, "step": done, "train_seed": job.seed, **spent} for probe in probes for r in probe.rows(model, next(model.parameters()).device)]
     every = max(1, job.steps // 10 // job.log_every) * job.log_every
     if is_main() and "rec" in job.weights and (done == job.steps or done % every == 0): _picture(job, run, model, reader, done)
     return [row, *found]

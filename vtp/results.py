@@ -65,7 +65,7 @@ def sizes(rows:pd.DataFrame, jobs:dict[str, Job]) -> pd.DataFrame:
     return rows.assign(encoder_m=encoder_m, decoder_m=decoder_m)
 
 # %% ../nbs/81_results.ipynb #1e90bad8
-UNITS = {"rPSNR": " dB", "probe": " %"}
+UNITS = {"rPSNR": " dB", "probe": " %", "colour_shift": " levels"}
 
 def quote(row:pd.Series) -> str:
     "value [low, high] with its unit; the value alone where there is no interval."
