@@ -153,7 +153,8 @@ def test_ranks_do_not_matter():
 
 
 @pytest.mark.timeout(120)
-def test_reference_over_ranks(tmp_path):
+def test_reference_over_ranks(tmp_path, monkeypatch):
+    monkeypatch.setenv("VTP_CACHE", str(tmp_path))     # put back afterwards
     equal, name, cov = start(referred, str(tmp_path), nproc=2)
     files = list((tmp_path / "statistics").iterdir())
     assert equal and len(files) == 1 and files[0].suffix == ".safetensors"

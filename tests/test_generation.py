@@ -1,0 +1,77 @@
+"""gFD of a generator: the same on one rank and on two, in any batches; its card; what is refused."""
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from vtp.data.shapes import Shapes
+from vtp.dist import start, world
+from vtp.evaluation.extractors import Inception, ShapesEvaluator
+from vtp.evaluation.generation import GenerationQuality, sample_sheet
+from vtp.evaluation.protocol import PROTOCOLS
+from vtp.generation.dit import DiT, DiTConfig
+from vtp.generation.flow import SamplerConfig
+from vtp.generation.train import Generator
+from vtp.tokenizers.vit import ViTTokenizerConfig
+from vtp.vit import ViTConfig
+
+QUALITY = GenerationQuality(reference=Shapes(count=150, size=16), samples=60, sampler=SamplerConfig("heun", 4), extractor=ShapesEvaluator(), batch=16, dtype="fp64", bootstrap=10)
+
+
+def generator():
+    "Random weights in double precision."
+    torch.manual_seed(0)
+    part = ViTConfig(width=32, depth=1, heads=2, patch=4)
+    tokenizer, dit = ViTTokenizerConfig(16, part, part, latent=4).build().double(), DiT(DiTConfig(32, 1, 2, channels=4, grid=4, classes=3)).double()
+    for p in (*tokenizer.parameters(), *dit.parameters()): torch.nn.init.normal_(p, std=.2)
+    return Generator(tokenizer, dit, np.zeros(4), np.ones(4)).requires_grad_(False).eval()
+
+
+def measured(cache, batch, sampler=QUALITY.sampler):
+    import os
+    os.environ["VTP_CACHE"] = cache
+    return world(), list(replace(QUALITY, batch=batch, sampler=sampler).rows(generator(), torch.device("cpu")))
+
+
+@pytest.mark.timeout(120)
+def test_batches_and_ranks_do_not_matter(tmp_path, monkeypatch):
+    monkeypatch.setenv("VTP_CACHE", str(tmp_path))     # put back afterwards
+    _, one = measured(str(tmp_path / "one"), 16)
+    assert [r["metric"] for r in one] == ["gFD", "precision", "recall", "IS_like"] and one[0]["value"] > 0
+    for found in (measured(str(tmp_path / "one"), 7), start(measured, str(tmp_path / "two"), 11, nproc=2)):
+        for a, b in zip(one, found[1]):
+            assert a.keys() == b.keys()     # the extractor is in fp32, whose last bits depend on the batch
+            for key in a: assert a[key] == (pytest.approx(b[key], rel=1e-6) if isinstance(b[key], float) else b[key]), key
+    assert found[0] == 2
+
+
+def test_the_card(tmp_path, monkeypatch):
+    monkeypatch.setenv("VTP_CACHE", str(tmp_path))
+    found, *_ = replace(QUALITY, sampler=SamplerConfig("dopri5", control="batch", guidance=2.), labels="balanced", batch=30).rows(generator(), torch.device("cpu"))
+    expected = dict(metric="gFD", images=60, size=16, resize="center_crop", quantise="truncate", dtype="fp64", labels="balanced", dit="32x1", sampler="dopri5", rtol=1e-3, atol=1e-6, control="batch", batch=30,
+                    guidance=2., interval="0-1", channels="all", seed=0)
+    assert {key: found.get(key) for key in expected} == expected and not {"steps", "shift", "decoder"} & found.keys()
+    assert found["extractor"].startswith("shapes_cnn:") and found["reference"].startswith("shapes:") and found["nfe"] >= 6 and found["low"] < found["value"] < found["high"]
+    fewer, *_ = replace(QUALITY, reference_samples=100).rows(generator(), torch.device("cpu"))
+    assert fewer["reference"] not in (found["reference"], "") and found["protocol"] not in PROTOCOLS
+
+
+def test_the_sheet_shows_what_is_measured():
+    quality = replace(QUALITY, labels="balanced")
+    few, more = (sample_sheet(generator(), quality, n) for n in (5, 500))
+    assert few.shape == (5, 3, 16, 16) and len(more) == 60 and torch.allclose(few, more[:5], atol=1e-12)
+
+
+def test_what_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("VTP_CACHE", str(tmp_path))
+    broken = generator()
+    next(broken.tokenizer.decoder.parameters()).data.fill_(math.nan)
+    with pytest.raises((ValueError, FloatingPointError), match="not finite"): list(QUALITY.rows(broken, torch.device("cpu")))
+    with pytest.raises(ValueError, match="float64"): list(replace(QUALITY, dtype="fp32").rows(generator(), torch.device("cpu")))
+    class TrainDiT: latents = None
+    with pytest.raises(FileNotFoundError, match="curl -LO"): replace(QUALITY, reference=str(tmp_path / "none.npz")).check(TrainDiT())
+    with pytest.raises(FileNotFoundError, match="curl -LO"): replace(QUALITY, extractor=Inception(str(tmp_path / "none.pth"))).check(TrainDiT())
+    np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    with pytest.raises(ValueError, match="another extractor"): replace(QUALITY, reference=str(tmp_path / "adm.npz")).check(TrainDiT())
