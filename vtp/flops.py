@@ -47,7 +47,7 @@ def count(fn) -> Flops:
 
     Recomputation counts as often as it runs."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), _Flatten(): fn()
-    by_operator = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
+    by_operator = {str(op): flops for op, flops in counter.get_flop_counts().get("Global", {}).items()}
     attention = sum(flops for op, flops in by_operator.items() if "bmm" in op or "attention" in op)
     return Flops(sum(by_operator.values()) - attention, attention)
 

@@ -42,7 +42,7 @@ def collect(jobs:dict, name:str="metrics", names:tuple[str, ...]=("series",), pa
         if not (run.done or partial and run.path.exists()): raise FileNotFoundError(f"{' '.join(map(str, key))}: {run.path.name} has not run to its end: launch it first")
         settings = {**dict(zip(names, key)), "run": run.path.name, **{f"job.{k}": v for k, v in flat(job).items()}}
         tables.append(pd.DataFrame([row | settings for row in run.rows(name)]))
-    return pd.concat(tables, ignore_index=True)
+    return pd.concat(tables, ignore_index=True).copy()      # in one piece: so many columns are added one by one
 
 # %% ../nbs/81_results.ipynb #35c32bf3
 def hardware(*jobs:Job) -> str:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..data.augment import RESIZE
 from ..config import digest
 from ..dist import sum_ranks
 from .extractors import Inception
-from .fid import QUANTISE, RESIZE, Measured, Seen, bootstrap, distance_name, inception_score, precision_recall, quantise, reference
+from .fid import QUANTISE, Measured, Seen, bootstrap, distance_name, inception_score, precision_recall, quantise, reference
 from .protocol import PROTOCOLS, row
 from .reconstruction import frozen, percent
 from ..generation.dit import SIZES, DiTConfig

@@ -30,7 +30,7 @@ CARD = {
     "dtype": "precision of the features or of sampling", "encode_dtype": "precision of encode", "decode_dtype": "precision of decode",
     "sampler": "the solver", "steps": "points of a fixed-step solver", "shift": "of its time grid (0: none)", "rtol": "of an adaptive solver", "atol": "of an adaptive solver",
     "control": "what shares a step size: `sample` or `batch`", "batch": "images that share one", "guidance": "its scale (1: none)", "interval": "of t in which it acts",
-    "channels": "that it acts on", "labels": "their law", "dit": "size of the generator", "dit_samples": "images it was trained on",
+    "channels": "that it acts on", "labels": "their law", "dit": "size of the generator", "dit_samples": "images it was trained on", "decoder": "kind of the job that tuned the decoder of samples, if not the generator's own",
     "tap": "where features are read", "pool": "how they become a vector", "train_reference": "the data a probe learns from", "train_images": "how many of them",
     "probe_steps": "of its training", "probe_batch": "of its training", "standardise": "features scaled to unit variance", "augment": "what a probe sees of an image in training",
     "candidates": "classifiers trained", "selected_on": "what chose the best classifier", "classes": "how many", "prompts": "hash of class names and templates", "captions": "how many of an image are used",

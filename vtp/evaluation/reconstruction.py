@@ -15,10 +15,11 @@ import torch
 from einops import reduce
 from torch import nn
 
+from ..data.augment import RESIZE
 from ..config import added
 from ..data.samples import Bad
 from ..dist import sum_ranks
-from .fid import QUANTISE, RESIZE, Seen, Stats, distance_name, frechet, quantise, walk
+from .fid import QUANTISE, Seen, Stats, distance_name, frechet, quantise, walk
 from .protocol import data_name, row
 from ..interfaces import Evaluator, Tokenizer
 from ..perceptual import PerceptualConfig, perceptual

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLIP', 'DROP', 'NOISE', 'TIME', 'TrainDiT', 'check_labels', 'check_shape', 'cost', 'LatentBatches', 'train_step',
-           'follow', 'train', 'Generator']
+           'train', 'Generator']
 
 # %% ../../nbs/63_train_dit.ipynb #509b70f0
 import copy
@@ -17,17 +17,18 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from ..data.augment import RESIZE
 from ..data.batch_sampling import read_whole
 from ..data.samples import mix, uniform
 from ..dist import alone, device, rank, unwrap, world, wrap
 from ..flops import count
 from .dit import DiT, DiTConfig
 from .flow import FlowConfig, flow_loss, gaussian, interpolate, logit_normal
-from .latents import RESIZE, CacheLatents, LatentReader, encode, open_latents, read_statistics, refuse
+from .latents import CacheLatents, LatentReader, encode, open_latents, read_statistics, refuse
 from ..interfaces import Tokenizer
 from ..job import Job, load, run_of
 from ..loop import DTYPES, Ledger, State, averages, check_length, loop, prepare, resume
-from ..optim import OptimConfig, adamw, guarded_step, lr_at
+from ..optim import OptimConfig, adamw, follow, guarded_step, lr_at
 from ..run import Run
 
 # %% ../../nbs/63_train_dit.ipynb #8976c588
@@ -146,14 +147,8 @@ def train_step(dit:nn.Module, ema:DiT, z:torch.Tensor, labels:torch.Tensor, keys
     losses = {name: each.mean() for name, each in flow_loss(predicted, velocity, config.flow).items()}
     losses["loss"].backward()
     grad_norm, stepped = guarded_step(opt, config.optim.clip, lr_at(config.optim, step, config.steps))
-    follow(ema, unwrap(dit), 1 - config.ema, stepped)
+    follow(list(ema.parameters()), list(unwrap(dit).parameters()), config.ema, stepped)
     return {**{name: loss.detach() for name, loss in losses.items()}, "grad_norm": grad_norm, "stepped": stepped}
-
-@torch.no_grad()
-def follow(ema:nn.Module, model:nn.Module, share:float, stepped:torch.Tensor):
-    "Move every parameter of `ema` the fraction `share` of the way to `model`'s, or not at all where `stepped` (a scalar bool) is false."
-    averages = list(ema.parameters())
-    torch._foreach_lerp_(averages, list(model.parameters()), [share * stepped.to(averages[0].dtype)] * len(averages))
 
 # %% ../../nbs/63_train_dit.ipynb #6cb1768a
 def train(self:TrainDiT, run:Run) -> bool:
