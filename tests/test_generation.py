@@ -5,15 +5,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+from tiny import job, rec
 
 from vtp.data.shapes import Shapes
 from vtp.dist import start, world
-from vtp.evaluation.extractors import Inception, ShapesEvaluator
+from vtp.evaluation.extractors import Inception, MobileNet, MobileNetV1, ShapesEvaluator
 from vtp.evaluation.generation import GenerationQuality, sample_sheet
 from vtp.evaluation.protocol import PROTOCOLS
 from vtp.generation.dit import DiT, DiTConfig
 from vtp.generation.flow import SamplerConfig
-from vtp.generation.train import Generator
+from vtp.generation.latents import CacheLatents
+from vtp.generation.train import Generator, TrainDiT
+from vtp.job import At
 from vtp.tokenizers.vit import ViTTokenizerConfig
 from vtp.vit import ViTConfig
 
@@ -70,8 +74,12 @@ def test_what_is_refused(tmp_path, monkeypatch):
     next(broken.tokenizer.decoder.parameters()).data.fill_(math.nan)
     with pytest.raises((ValueError, FloatingPointError), match="not finite"): list(QUALITY.rows(broken, torch.device("cpu")))
     with pytest.raises(ValueError, match="float64"): list(replace(QUALITY, dtype="fp32").rows(generator(), torch.device("cpu")))
-    class TrainDiT: latents = None
-    with pytest.raises(FileNotFoundError, match="curl -LO"): replace(QUALITY, reference=str(tmp_path / "none.npz")).check(TrainDiT())
-    with pytest.raises(FileNotFoundError, match="curl -LO"): replace(QUALITY, extractor=Inception(str(tmp_path / "none.pth"))).check(TrainDiT())
+    latents = CacheLatents(At(job((rec(),))), Shapes(count=64, size=16))
+    trained = TrainDiT(latents, DiTConfig(32, 1, 2, channels=8, grid=4, classes=48), steps=2)
+    with pytest.raises(FileNotFoundError, match="curl -LO"): replace(QUALITY, reference=str(tmp_path / "none.npz")).check(trained)
+    with pytest.raises(FileNotFoundError, match="curl -LO"): replace(QUALITY, extractor=Inception(str(tmp_path / "none.pth"))).check(trained)
     np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    with pytest.raises(ValueError, match="another extractor"): replace(QUALITY, reference=str(tmp_path / "adm.npz")).check(TrainDiT())
+    with pytest.raises(ValueError, match="another extractor"): replace(QUALITY, reference=str(tmp_path / "adm.npz")).check(trained)
+    save_file(MobileNetV1().state_dict(), tmp_path / "mobilenet.safetensors")
+    with pytest.raises(ValueError, match="multiples of 32; give MobileNet a size"): replace(QUALITY, extractor=MobileNet(str(tmp_path / "mobilenet.safetensors"))).check(trained)
+    replace(QUALITY, extractor=MobileNet(str(tmp_path / "mobilenet.safetensors"), size=32)).check(trained)

@@ -89,9 +89,10 @@ class Inception:
 
 # %% ../../nbs/71a_extractors.ipynb #e3da082c
 class MobileNetV1(Extractor):
-    "Mean-pooled `conv_pw_12` (B, 1024) of MobileNet v1 1.0; sides must be multiples of 32."
-    def __init__(self):
-        super().__init__("mobilenet_v1", 1024)
+    "Mean-pooled `conv_pw_12` (B, 1024) of MobileNet v1 1.0, of images brought to `size` if it is given; sides must be multiples of 32."
+    def __init__(self, size:int|None=None):
+        super().__init__(f"mobilenet_v1_{size}" if size else "mobilenet_v1", 1024)
+        self.size = size
         widths, self.layers = (32, 64, 128, 128, 256, 256, *[512] * 6, 1024), []
         self._layer("conv1", 3, 32, 3, 2)
         for i, (c_in, c_out) in enumerate(zip(widths, widths[1:]), 1):
@@ -104,8 +105,9 @@ class MobileNetV1(Extractor):
         self.add_module(f"{name}_bn", nn.BatchNorm2d(c_out, eps=1e-3))
 
     def forward(self, images):
-        if images.shape[-1] % 32 or images.shape[-2] % 32: raise ValueError(f"images {tuple(images.shape[-2:])}: MobileNet's sides are multiples of 32; another size needs another extractor")
         hidden = images.float() / 127.5 - 1
+        if self.size: hidden = F.interpolate(hidden, size=(self.size, self.size), mode="bilinear", antialias=True)
+        if hidden.shape[-1] % 32 or hidden.shape[-2] % 32: raise ValueError(f"images {tuple(images.shape[-2:])}: MobileNet's sides are multiples of 32; give MobileNet a size=… to bring them to")
         for name in self.layers:
             conv = self.get_submodule(name)
             if conv.kernel_size == (3, 3): hidden = F.pad(hidden, (0, 1, 0, 1) if conv.stride == (2, 2) else (1, 1, 1, 1))
@@ -115,13 +117,17 @@ class MobileNetV1(Extractor):
 @dataclass(frozen=True)
 class MobileNet:
     "ImageNet's MobileNet v1 from a file of the user's."
-    weights:str      # safetensors with keras' layer names
+    weights:str             # safetensors with keras' layer names
+    size:int|None = None    # side that images are brought to, a multiple of 32 (it was trained at 224); None: as they are
+
+    def __post_init__(self):
+        if self.size is not None and (self.size < 32 or self.size % 32): raise ValueError(f"MobileNet: size={self.size} must be a multiple of 32")
 
     def build(self) -> MobileNetV1:
         "Raises FileNotFoundError or ValueError for weights that are missing or others."
         file = resolve(self.weights)
         if not file.is_file(): raise FileNotFoundError(f"no weights at {file}: MobileNet(weights=…) is a safetensors file with conv1.weight … conv_pw_12_bn.running_var; ShapesEvaluator() needs none, for procedural images")
-        with torch.random.fork_rng(devices=[]): net = MobileNetV1()
+        with torch.random.fork_rng(devices=[]): net = MobileNetV1(self.size)
         try: net.load_state_dict(load_file(file))
         except RuntimeError as error: raise ValueError(f"{file.name} does not hold MobileNet v1 1.0: {str(error)[:300]}") from error
         return net.sealed()

@@ -81,7 +81,8 @@ class GenerationQuality(Evaluator):
     def check(self, job):
         "Raises FileNotFoundError for missing weights or reference, ValueError for a job that trains no generator or a reference of another extractor."
         if not hasattr(job, "latents"): raise ValueError(f"{type(job).__name__} trains no generator: GenerationQuality measures a TrainDiT job")
-        extractor = self.extractor.build()
+        extractor, size = self.extractor.build(), _origin(job.latents.of.job).tokenizer.image_size
+        extractor(torch.zeros(1, 3, size, size, dtype=torch.uint8))            # an extractor that can't see such images says so
         if isinstance(self.reference, str): reference(self.reference, extractor, 0)
         elif (self.reference_samples or 0) > (n := len(self.reference.open())): raise ValueError(f"reference_samples={self.reference_samples}, but the reference has {n} images")
         if self.decoder:

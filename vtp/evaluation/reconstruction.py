@@ -135,8 +135,9 @@ class ReconstructionQuality(Evaluator):
         for dtype in (self.encode_dtype, self.decode_dtype): precision(dtype, "cpu")
 
     def check(self, job):
-        "Raises FileNotFoundError if the weights of LPIPS or of the extractor, or the images, are missing."
-        self.data.open(), perceptual(self.perceptual), self.extractor and self.extractor.build()
+        "Raises FileNotFoundError if the weights of LPIPS or of the extractor, or the images, are missing; ValueError for images the extractor can't see."
+        self.data.open(), perceptual(self.perceptual)
+        if self.extractor: self.extractor.build()(torch.zeros(1, 3, job.tokenizer.image_size, job.tokenizer.image_size, dtype=torch.uint8))
 
     def rows(self, model, device):
         "Rows {metric, value, low, high, images, skipped, card…}: rPSNR, SSIM, LPIPS or its stand-in, colour_shift (with the signed red, green, blue), rFID or rFD. The same on each rank."
