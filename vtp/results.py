@@ -152,10 +152,13 @@ def caveats(losses:pd.DataFrame, generation:pd.DataFrame|None=None) -> str:
         lines.append("The perceptual term is the offline stand-in (frozen random features); its distances are not LPIPS.")
     return "**What this can't show.**\n\n" + "\n".join(f"- {line}" for line in lines)
 
-def _judge(generation:pd.DataFrame|None) -> str:
-    "What generation was judged by."
-    if generation is None or generation.empty: return "Generation, the paper's judge of a tokenizer, is not measured here."
-    budgets, images = ("; ".join(f"{n:,.0f}" for n in sorted(generation[column].unique())) for column in ("dit_samples", "images"))
-    metric, dit = generation.metric.iloc[0], "; ".join(map(str, generation.dit.unique()))
-    official = "" if metric == "gFID" else f" {metric} is measured on the features of {generation.extractor.iloc[0].partition(':')[0]}, not of the published Inception: it compares only with itself."
-    return f"Generation is judged by {images} samples of a DiT {dit} that saw {budgets} latents; the paper's saw 102 million and gave 10,000 samples.{official}"
+def _judge(made:pd.DataFrame|None) -> str:
+    "What generation was judged by, and whether the samples are good enough for an order among them to mean much."
+    if made is None or made.empty: return "Generation, the paper's judge of a tokenizer, is not measured here."
+    distances, recall = made[made.metric.isin(("gFID", "gFD"))], made[made.metric == "recall"]
+    budgets, images = ("; ".join(f"{n:,.0f}" for n in sorted(distances[column].unique())) for column in ("dit_samples", "images"))
+    metric, dit = distances.metric.iloc[0], "; ".join(map(str, distances.dit.unique()))
+    said = f"Generation is judged by {images} samples of a DiT {dit} that saw {budgets} latents; the paper's saw 102 million and gave 10,000 samples."
+    if metric != "gFID": said += f" {metric} is measured on the features of {distances.extractor.iloc[0].partition(':')[0]}, not of the published Inception: it compares only with itself."
+    if len(recall) and recall.value.max() < .1: said += f" The samples' recall is at most {recall.value.max():.2g}: they cover hardly any of the data, and an order among such generators need not be that of trained ones."
+    return said
