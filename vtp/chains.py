@@ -10,7 +10,6 @@ __all__ = ['TAILS', 'ENCODERS', 'DECODERS', 'LAWS', 'Tail', 'finetune', 'latents
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from .data.imagenet import ImageFolder
 from .evaluation.extractors import Inception, ShapesEvaluator
 from .evaluation.generation import GenerationQuality
 from .evaluation.protocol import Evaluate
@@ -23,7 +22,7 @@ from .job import At
 from .objectives.adversarial import Adversarial, PatchGAN
 from .optim import OptimConfig
 from .pretrain import Pretrain
-from .recipes import SCALES, few, measure, rebuilt
+from .recipes import SCALES, few, images_of, measure, rebuilt
 from .vit import size
 
 # %% ../nbs/80a_chains.ipynb #a94a3f4d
@@ -38,7 +37,6 @@ class Tail:
     budgets:tuple[int, ...]       # DiT steps after which samples are judged
     generation:dict               # fields of GenerationQuality
     extractor:object              # of rFD or rFID
-    images:object|None = None     # labelled images of second stage and DiT; None: what the tokenizer was trained on
 
 _small = OptimConfig(1e-3, weight_decay=.05, warmup_steps=20)
 _constant = OptimConfig(1e-3, (.9, .95), 1e-8, 0., 20, 1., 5.)      # the paper's, but for the rate, a short warm-up, and clipping: see Train DiT on the first step
@@ -62,26 +60,23 @@ TAILS = dict(
                     adversarial=Adversarial(), ema=.998, log_every=100), 512,
                dict(batch=256), {k: SIZES["B/1"][k] for k in ("width", "depth", "heads")},
                dict(steps=100_000, flow=FlowConfig(-.75, 1.), log_every=100), (100_000,),
-               dict(samples=10_000, sampler=SamplerConfig("dopri5"), reference="data/VIRTUAL_imagenet256_labeled.npz", batch=256, labels="uniform", quantise="truncate", dtype="fp32"), Inception(),
-               ImageFolder("data/imagenet", "train")))
+               dict(samples=10_000, sampler=SamplerConfig("dopri5"), reference="data/VIRTUAL_imagenet256_labeled.npz", batch=256, labels="uniform", quantise="truncate", dtype="fp32"), Inception()))
 
 # %% ../nbs/80a_chains.ipynb #c357cc9b
 def finetune(job:Pretrain, scale:str) -> FinetuneDecoder:
     "The decoder's second stage behind a pre-training."
     tail, rec = TAILS[scale], next(o for o in job.objectives if o.name == "rec")
-    pairs = tail.images if tail.images is not None and job.pairs == SCALES[scale].pairs else job.pairs
-    return FinetuneDecoder(At(job), pairs, replace(rec, batch=tail.rec_batch, weight=1.), seed=job.seed, **tail.decoder)
+    return FinetuneDecoder(At(job), images_of(job, scale), replace(rec, batch=tail.rec_batch, weight=1.), seed=job.seed, **tail.decoder)
 
 def latents(job:Pretrain, scale:str) -> CacheLatents:
     "The latents that the DiT is trained on."
-    data = finetune(job, scale).pairs
-    wanted = TAILS[scale].latents
+    data, wanted = images_of(job, scale), TAILS[scale].latents
     return CacheLatents(At(job), data, **wanted | {"samples": few(wanted.get("samples"), data)})
 
 def dit(job:Pretrain, scale:str, flow:FlowConfig|None=None) -> TrainDiT:
     "The fixed DiT of a scale on a tokenizer's latents; `flow` changes the law of its t."
     tail, stored = TAILS[scale], latents(job, scale)
-    classes = {"classes": _classes(stored.data)} if stored.data is not tail.images else {}
+    classes = {} if stored.data == SCALES["paper"].images else {"classes": _classes(stored.data)}      # ImageNet's 1000 are the default
     config = DiTConfig(channels=job.tokenizer.latent, grid=job.tokenizer.grid, **classes, **tail.dit)
     return TrainDiT(stored, config, seed=job.seed, keep=tuple(b for b in tail.budgets if b < tail.train["steps"]), **tail.train | ({"flow": flow} if flow else {}))
 
