@@ -1,5 +1,10 @@
 """Independent jobs at the same time: the same results, inputs first, and an error that arrives."""
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from dataclasses import replace
@@ -49,3 +54,34 @@ def test_an_error_arrives_and_what_ran_beside_it_is_finished(tmp_path, monkeypat
 def test_jobs_must_be_a_number_of_jobs():
     with pytest.raises(ValueError, match="jobs=0 must be at least 1"):
         Machine(jobs=0)
+
+
+ORPHANS = """
+from dataclasses import replace
+from tiny import HERE, job, rec
+from vtp.job import launch
+if __name__ == "__main__":
+    launch(job((rec(),), steps=100000, log_every=100000, keep=(1,)), job((rec(),), steps=100000, log_every=100000, keep=(1,), seed=1), machine=replace(HERE, jobs=2))
+"""
+
+
+@pytest.mark.timeout(240)
+def test_jobs_do_not_outlive_who_launched_them(tmp_path):
+    (tmp_path / "run.py").write_text(ORPHANS)
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)]))
+    process = subprocess.Popen([sys.executable, str(tmp_path / "run.py")], env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    runs = [run_of(job((rec(),), steps=100000, log_every=100000, keep=(1,), seed=seed)) for seed in range(2)]
+    wait_for(lambda: all(run.checkpoints() for run in runs), 120)          # both train
+    process.kill()
+    process.wait()
+    owners = [int((run.path / "lock").read_text()) for run in runs]
+    wait_for(lambda: not any(Path(f"/proc/{owner}").exists() for owner in owners), 60)
+    assert all(run.latest().step > 1 and not run.done for run in runs)      # saved, not lost
+
+
+def wait_for(condition, seconds):
+    for _ in range(10 * seconds):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it did not happen in time")

@@ -10,9 +10,13 @@ import dataclasses
 import multiprocessing
 import os
 import pkgutil
+import signal
 import sys
+import threading
+import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 from typing import ClassVar
 
@@ -134,15 +138,23 @@ def _finished(job:Job, result):
     run = run_of(job)
     if not run.done: raise InterruptedError(f"{run.path.name} was stopped and has saved its state: launch again to continue")
 
-def _share_cores(jobs:int):
-    "In a started process: leave cores to the other jobs. `vtp.dist.cores` respects the variable."
+def _follow_parent():
+    "Ask this process to save and stop once the one that started it is gone, and again until it is idle and ends."
+    connection.wait([multiprocessing.parent_process().sentinel])
+    while True:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(2)
+
+def _begin(jobs:int):
+    "In a started process: outlive nobody, and leave cores to the other jobs (`vtp.dist.cores` respects the variable)."
+    threading.Thread(target=_follow_parent, daemon=True).start()
     mine = max(1, len(os.sched_getaffinity(0)) // jobs)
     os.environ["OMP_NUM_THREADS"] = str(min(mine, int(os.environ.get("OMP_NUM_THREADS", mine))))
 
 def _together(todo:list[Job], machine:Machine):
     "Run each job once its inputs are done, `machine.jobs` at a time, in processes that serve one job after the other."
     waiting, running = list(todo), {}
-    with ProcessPoolExecutor(min(machine.jobs, len(todo)), multiprocessing.get_context("spawn"), _share_cores, (machine.jobs,)) as pool:
+    with ProcessPoolExecutor(min(machine.jobs, len(todo)), multiprocessing.get_context("spawn"), _begin, (machine.jobs,)) as pool:
         while waiting or running:
             for job in [job for job in waiting if not any(one in waiting or one in running.values() for one in inputs(job))]:
                 if len(running) == machine.jobs: break

@@ -144,13 +144,17 @@ def averages(values:dict[str, torch.Tensor]) -> dict[str, float]:
     means = sum_ranks(torch.stack([v.detach().to(torch.float64).reshape(()) for v in values.values()])) / world()
     return dict(zip(values, means.tolist()))
 
-def loop(job:Job, run:Run, batches, state:State, done:int, step:Callable[[dict, int], dict], report:Callable[[dict, int], list[dict]]) -> bool:
+def loop(job:Job, run:Run, batches, state:State, done:int, step:Callable[[dict, int], dict], report:Callable[[dict, int], list[dict]],
+         probe:Callable[[int], list[dict]]=lambda done: []) -> bool:
     """Train from step `done` to the end, or to a stop signal; True at the end.
 
     `step(batch, done)` makes one step on the views of `batches` and returns scalar tensors, among them `stepped`, whether the optimiser moved.
-    `report(numbers, done)` returns the rows that are due after `done` steps, the training's own first; it is called in all ranks."""
+    `report(numbers, done)` returns the rows that are due after `done` steps, the training's own first; `probe(done)` more rows at kept steps and at the end, once the state is
+    saved: a probe that fails costs no training, and is made again when the run continues. Both are called in all ranks."""
     machine, where = run.machine, device(run.machine.device)
     saved, started, began = time.monotonic(), time.monotonic(), done
+    kept = {*job.keep, job.steps}
+    if done in kept: _log(run, probe(done))                              # cut off with what came after the checkpoint
     with stop_signal() as stop, progress(job.steps, done, run.path.name) as bar, torch.random.fork_rng():
         for batch in loader(batches, done, machine.workers, pin=where.type == "cuda"):
             keys, bad = batch.pop("keys"), batch.pop("bad")
@@ -159,21 +163,26 @@ def loop(job:Job, run:Run, batches, state:State, done:int, step:Callable[[dict, 
             state.ledger.add(done, keys, bad, numbers["stepped"])
             done += 1
             bar.update()
-            due = done % job.log_every == 0 or done == job.steps or done in job.keep
+            due = done % job.log_every == 0 or done in kept
             stopping, late = any_rank(bool(stop), time.monotonic() - saved > 60 * machine.save_minutes)    # the same answer on all ranks, after every step
             if not (due or stopping or late): continue
             state.ledger.settle(done)
             if due: _write(job, run, report(numbers, done), state.ledger, bar, dict(seconds=time.monotonic() - started, steps=done - began, workers=machine.workers))
-            if stopping or late or done in job.keep or done == job.steps:
+            if stopping or late or done in kept:
                 save(run, job, state, done)
                 saved = time.monotonic()
+            if done in kept: _log(run, probe(done))
             if stopping and done < job.steps: return False
     return True
+
+def _log(run:Run, rows:list[dict]):
+    "Write rows on rank 0."
+    if is_main():
+        for row in rows: run.log(row)
 
 def _write(job:Job, run:Run, rows:list[dict], ledger:Ledger, bar, timing:dict):
     "The rows that are due, with the ledger's counts in the first, and a timing row."
     rows[0] |= {k: ledger.state[k] for k in ("bad", "skipped")}
     bar.set_postfix_str(f"loss {rows[0]['loss']:.3g}", refresh=False)
-    if not is_main(): return
-    for row in rows: run.log(row)
-    run.log({"step": rows[0]["step"], **timing, "samples_per_second": timing["steps"] * job.batch / timing["seconds"]}, "timing")
+    _log(run, rows)
+    if is_main(): run.log({"step": rows[0]["step"], **timing, "samples_per_second": timing["steps"] * job.batch / timing["seconds"]}, "timing")

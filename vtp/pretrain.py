@@ -82,6 +82,7 @@ class Pretrain(Job):
         if not source.captioned:
             for objective in self.objectives: objective.view([Pair(np.zeros((64, 64, 3), np.uint8), None, -1, "")] * 2, _draw(2))
         cost(self)
+        for probe in self.probes: probe.check(self)
 
     def load(self, step:int|None=None, where="cpu") -> Overall:
         model = self.build(where)
@@ -141,25 +142,22 @@ def train(self:Pretrain, run:Run) -> bool:
     prepare(model, machine)
     wrapped = wrap(model, machine.sharding)
     def step(batch, done): return train_step(wrapped, batch, opt, self, done)
-    def report(numbers, done): return _rows(self, run, model, batches.reader, numbers, done)
-    return loop(self, run, batches, state, done, step, report)
+    def report(numbers, done):
+        _picture(self, run, model, batches.reader, done)
+        return [{"step": done, **budget(self, done), **averages(numbers | model.monitor()), "lr": lr_at(self.optim, done - 1, self.steps)}]
+    def probe(done):
+        about = {"step": done, "train_seed": self.seed, **budget(self, done)}
+        return [row | about for each in self.probes for row in each.rows(model, next(model.parameters()).device)]
+    return loop(self, run, batches, state, done, step, report, probe)
 
 Pretrain.__call__ = train
 
 # %% ../nbs/51_pretrain.ipynb #6a3e5b79
-def _rows(job:Pretrain, run:Run, model:Overall, reader, numbers:dict, done:int) -> list[dict]:
-    "The training's row, those of the probes at kept steps, and a picture now and then."
-    spent = budget(job, done)
-    row = {"step": done, **spent, **averages(numbers | model.monitor()), "lr": lr_at(job.optim, done - 1, job.steps)}
-    probes = job.probes if done in job.keep or done == job.steps else ()
-    found = [{**r, "step": done, "train_seed": job.seed, **spent} for probe in probes for r in probe.rows(model, next(model.parameters()).device)]
-    every = max(1, job.steps // 10 // job.log_every) * job.log_every
-    if is_main() and "rec" in job.weights and (done == job.steps or done % every == 0): _picture(job, run, model, reader, done)
-    return [row, *found]
-
 @torch.inference_mode()
 def _picture(job:Pretrain, run:Run, model:Overall, reader, done:int):
-    "Eight images over their reconstructions, to TensorBoard."
+    "Eight images over their reconstructions, to TensorBoard, ten times in a training and at its end."
+    every = max(1, job.steps // 10 // job.log_every) * job.log_every
+    if not is_main() or "rec" not in job.weights or done % every and done != job.steps: return
     rec = next(o for o in job.objectives if o.name == "rec")
     pairs = [p for p in reader.read(np.arange(min(8, len(reader))), np.arange(min(8, len(reader)), dtype=np.uint64)) if isinstance(p, Pair)]
     first = next(model.parameters())

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from .config import to_dict
-from .evaluation.protocol import compare
+from .evaluation.protocol import comparable, compare
 from .flops import params
 from .job import Job, run_of
 
@@ -115,6 +115,7 @@ def matched(table:pd.DataFrame, control:str, ours:str, metric:str) -> str:
     "Markdown: whether `control` reconstructs as `ours` does, by `metric`: what is needed before their generation is compared at equal reconstruction."
     lines = []
     for (name, protocol, _), rows in _cards(table[table.metric == metric]):
+        comparable(rows.loc[[control, ours]])
         gap = rows.loc[control].value - rows.loc[ours].value
         alike = rows.loc[control].low <= rows.loc[ours].high and rows.loc[ours].low <= rows.loc[control].high
         lines.append(f"{control} {quote(rows.loc[control])} and {ours} {quote(rows.loc[ours])} in {name} (`{protocol}`) are {gap:+.3g} apart: {'matched, the intervals overlap' if alike else 'not matched'}.")
@@ -128,7 +129,8 @@ def direction(first:pd.Series, last:pd.Series) -> str:
     return "falls" if last.value < first.value else "rises"
 
 def trend(rows:pd.DataFrame, theirs:tuple[float, float]|None=None) -> str:
-    "A sentence about `rows` of one card, in the order of the scale, with the column `series`; `theirs` are the paper's first and last values."
+    "A sentence about `rows` of one card, in the order of the scale, with the column `series`; `theirs` are the paper's first and last values. Raises ValueError for unlike cards."
+    comparable(rows)
     first, last = rows.iloc[0], rows.iloc[-1]
     ours = direction(first, last)
     line = f"{first.metric} {ours} from {first.series} {quote(first)} to {last.series} {quote(last)}"

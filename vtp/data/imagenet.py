@@ -51,11 +51,11 @@ class ImageFolder:
         return FolderReader(self)
 
 # %% ../../nbs/22_imagenet.ipynb #b8e263d5
-def _list_files(config:ImageFolder) -> tuple[str, list[str], list[list[str]]]:
-    "The folder of classes, their names, and the sorted image files of each."
+def _list_files(config:ImageFolder) -> tuple[str, list[str], list[list[tuple[str, int]]]]:
+    "The folder of classes, their names, and the sorted image files of each with their sizes in bytes."
     folder = os.path.join(ROOT, os.path.expanduser(config.root), config.split)
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if os.path.isdir(folder) else []
-    files = [sorted(f for f in os.listdir(os.path.join(folder, name)) if f.lower().endswith(IMAGES)) for name in classes]
+    files = [sorted((entry.name, entry.stat().st_size) for entry in os.scandir(os.path.join(folder, name)) if entry.name.lower().endswith(IMAGES)) for name in classes]
     if not any(files): raise FileNotFoundError(f"no images in {folder}: expected {os.path.join(folder, '<class name or wnid>', '*.JPEG')}")
     empty = [name for name, found in zip(classes, files) if not found]
     if empty:
@@ -65,19 +65,20 @@ def _list_files(config:ImageFolder) -> tuple[str, list[str], list[list[str]]]:
 
 # %% ../../nbs/22_imagenet.ipynb #113ad762
 class FolderReader(Reader):
-    "Images of class folders, labelled and without captions."
+    "Images of class folders, labelled and without captions. `digest` names files and their sizes, `listing` the files alone."
     labelled = True
 
     def __init__(self, config:ImageFolder):
         self.folder, names, files = _list_files(config)
         self.labels = np.repeat(np.arange(len(names)), [len(found) for found in files])
-        relative = [f"{name}/{file}" for name, found in zip(names, files) for file in found]
+        relative = [f"{name}/{file}" for name, found in zip(names, files) for file, _ in found]
         self.files = np.array([os.fsencode(path) for path in relative])
         self.keys = np.array([hash_key(path) for path in relative], np.uint64)
         self.starts = np.array([0, len(relative)])
         wnids = len(names) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in names)
         self.classes, self.templates = (imagenet_classes(), openai_templates()) if wnids else (tuple(names), None)
-        self.digest = hashlib.sha256(self.keys.tobytes() + self.labels.tobytes()).hexdigest()[:10]
+        listing, sizes = self.keys.tobytes() + self.labels.tobytes(), np.array([size for found in files for _, size in found], np.int64).tobytes()
+        self.listing, self.digest = (hashlib.sha256(content).hexdigest()[:10] for content in (listing, listing + sizes))
 
     def read(self, indices, keys) -> list[Pair|Bad]:
         "The images `indices` (m,); without captions, `keys` decide nothing."
