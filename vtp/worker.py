@@ -29,6 +29,7 @@ def environment() -> dict:
 def work(path:str) -> bool:
     "Call the job whose run directory is `path`, in this rank of the running group; whether it finished."
     run = Run(path)
+    torch.backends.cudnn.allow_tf32 = False      # a dtype that is called fp32 is fp32, in convolutions too; bf16 is asked for by name
     # one core is left to the loader however many workers it has: they must not change the threads, and with them the last bits of a sum
     with locked(run) if is_main() else nullcontext(), cores(spare=1):
         if is_main(): write_text(run.path / "env.json", json.dumps(environment(), indent=1))
