@@ -4,11 +4,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from vtp.data.augment import RESIZE
+from vtp.data.imagenet import ImageFolder
 from vtp.data.shapes import Shapes
 from vtp.dist import rank, start, world
 from vtp.evaluation import fid
 from vtp.evaluation.fid import Measured, Seen, Stats, bootstrap, frechet, inception_score, measure, originals, precision_recall, quantise, reference
+from vtp.evaluation.generation import GenerationQuality
+from vtp.evaluation.protocol import PROTOCOLS
 
 
 class Means(torch.nn.Module):
@@ -106,6 +111,36 @@ def test_not_finite_is_refused():
     with pytest.raises(ValueError, match="not finite"): quantise(bad, "round")
     with pytest.raises(ValueError, match="uint8"): Seen(Means()).add([0], torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match="draws"): bootstrap(Stats(4).update(features(20, 4, 1)), features(20, 4, 1), draws=1)
+    with pytest.raises(ValueError, match="at least 4"): bootstrap(Stats(4).update(features(20, 4, 1)), features(3, 4, 1))
+
+
+def test_what_is_refused_changes_nothing():
+    "Statistics of an unknown number of images can't be added to, nor added; nor those of another dimension."
+    known, unknown = Stats(4).update(features(20, 4, 1)), Stats(4).update(features(20, 4, 2))
+    unknown.n, unknown.scatter = None, unknown.cov
+    for first, act in ((known, lambda: known.merge(unknown)), (unknown, lambda: unknown.merge(known)), (unknown, lambda: unknown.update(features(20, 4, 1))), (known, lambda: known.merge(Stats(1).update(features(20, 1, 1))))):
+        before = first.digest
+        with pytest.raises(ValueError, match="can't be added"): act()
+        assert first.digest == before
+
+
+# Intervals.
+
+@pytest.mark.parametrize("n,dim", [(500, 256), (200, 256), (800, 64)])
+def test_intervals_are_as_wide_as_sets_scatter(n, dim):
+    "Of a distance to a reference, with a falling spectrum; redrawn with replacement, those of the first two would be over twice too wide."
+    generator, scale = torch.Generator().manual_seed(0), torch.logspace(0, -1.5, dim, dtype=torch.float64)
+    draw = lambda n: scale * torch.randn(n, dim, generator=generator, dtype=torch.float64)
+    real = Stats(dim).update(draw(8 * dim))
+    sets = [1.15 * draw(n) + .05 for _ in range(50)]
+    values = np.array([frechet(real, Stats(dim).update(s)) for s in sets])
+    found = [bootstrap(real, s, draws=10, seed=i) for i, s in enumerate(sets[:20])]
+    assert [f["value"] for f in found] == pytest.approx(values[:20], rel=1e-9)
+    claimed = np.mean([f["high"] - f["value"] for f in found]) / 1.96
+    assert .75 < claimed / values.std(ddof=1) < 1.6 and np.mean([f["low"] < values.mean() < f["high"] for f in found]) > .85
+    if n < 2 * dim:
+        picks = torch.randint(n, (10, n), generator=generator)
+        assert np.std([frechet(real, Stats(dim).update(sets[0][p])) for p in picks], ddof=1) > 1.8 * values.std(ddof=1)
 
 
 # Over ranks.
@@ -160,6 +195,61 @@ def test_reference_over_ranks(tmp_path, monkeypatch):
     assert equal and len(files) == 1 and files[0].suffix == ".safetensors"
     equal, again, alone = referred(str(tmp_path / "other"))
     assert equal and again == name and torch.allclose(alone, cov, rtol=1e-11)
+
+
+# References.
+
+def folder(path, torn=0):
+    "60 images of 24 × 40 pixels in files, of which `torn` can't be read."
+    (path / "class").mkdir(parents=True)
+    for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (60, 3, 5, 3), dtype=np.uint8)):
+        Image.fromarray(image).resize((40, 24), Image.NEAREST).save(file := path / "class" / f"{i:03}.png")
+        if i < torn: file.write_bytes(file.read_bytes()[:60])
+    return ImageFolder(str(path))
+
+
+def by_hand(path, resize, files=None):
+    "Statistics of a folder's images, opened and brought to 16 pixels one by one."
+    images = [np.asarray(Image.open(file)) for file in files or sorted(path.glob("*/*.png"))]
+    return Stats(12).update(Means()(torch.cat([RESIZE[resize]([image], 16) for image in images])))
+
+
+def test_references_are_resized_as_they_say(tmp_path, monkeypatch):
+    "By `reference`, and by the evaluator of generated images, whose card says so; as many as they should be."
+    monkeypatch.setenv("VTP_CACHE", str(tmp_path / "cache"))
+    source, true = folder(tmp_path / "images"), {how: by_hand(tmp_path / "images", how) for how in RESIZE}
+    assert frechet(*true.values()) > 1
+    for how in RESIZE:
+        assert frechet(reference(source, Means(), 16, resize=how).stats, true[how]) < 1e-6
+        quality = GenerationQuality(reference=source, samples=20, resize=how)
+        real, near = quality.references(Means(), 16, "cpu")
+        assert frechet(real.stats, true[how]) < 1e-6 and real.stats.n == 60 and near.features.shape == (20, 12)
+        first = source.open().order(0, np.arange(20))
+        assert frechet(near.stats, by_hand(tmp_path / "images", how, [sorted((tmp_path / "images").glob("*/*.png"))[i] for i in first])) < 1e-6
+    assert len({reference(source, Means(), 16, resize=how).name for how in RESIZE}) == len(RESIZE)
+
+
+def test_a_reference_of_torn_images(tmp_path, monkeypatch):
+    "Refused, and not kept, if more of them are missing than is agreed; otherwise under another name than the whole."
+    monkeypatch.setenv("VTP_CACHE", str(tmp_path / "cache"))
+    torn, whole = folder(tmp_path / "torn", torn=30), reference(folder(tmp_path / "whole"), Means(), 16)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="30 of the reference's 60 images can't be read.*mend"): reference(torn, Means(), 16)
+    monkeypatch.setattr(fid, "UNREADABLE", .5)
+    less, again = (reference(torn, Means(), 16) for _ in range(2))
+    assert less.stats.n == again.stats.n == 30 and whole.stats.n == 60 and less.name == again.name != whole.name
+    monkeypatch.setattr(fid, "UNREADABLE", .01)     # what was kept under another rule is not served
+    with pytest.raises(ValueError, match="30 of the reference's 60"): reference(torn, Means(), 16)
+
+
+def test_statistics_of_ones_own_have_no_published_name(tmp_path):
+    stats = Stats(12).update(features(50, 12, 1))
+    stats.save(tmp_path / "VIRTUAL_imagenet256_labeled.safetensors")
+    np.savez(tmp_path / "VIRTUAL_imagenet256_labeled.npz", mu=stats.mean.numpy(), sigma=stats.cov.numpy())
+    own, adm = (reference(str(tmp_path / f"VIRTUAL_imagenet256_labeled.{kind}"), Means(), 256).name for kind in ("safetensors", "npz"))
+    protocol = PROTOCOLS["gfid10k_b_dopri5"]
+    card = protocol.fixed | {"metric": "gFID"}
+    assert protocol.misses(card | {"reference": adm}) == [] and len(protocol.misses(card | {"reference": own})) == 1
 
 
 def test_statistics_of_files(tmp_path):

@@ -19,10 +19,10 @@ from ..data.augment import RESIZE
 from ..config import added
 from ..data.samples import Bad
 from ..dist import sum_ranks
-from .fid import QUANTISE, Seen, Stats, distance_name, frechet, quantise, walk
+from .fid import QUANTISE, Seen, Stats, distance_name, frechet, halves, interval, quantise, walk
 from .protocol import data_name, row
 from ..interfaces import Evaluator, Tokenizer
-from ..perceptual import PerceptualConfig, perceptual
+from ..perceptual import LPIPS, PerceptualConfig, perceptual
 
 # %% ../../nbs/72_reconstruction.ipynb #8143178a
 @contextmanager
@@ -105,17 +105,15 @@ def measures(image:torch.Tensor, target:torch.Tensor, distance) -> torch.Tensor:
 
 # %% ../../nbs/72_reconstruction.ipynb #72f5aff7
 def paired(originals:torch.Tensor, reconstructions:torch.Tensor, draws:int=50, seed:int=0) -> dict:
-    "{value, low, high}: Fréchet distance of features (n, d) of originals and of reconstructions, row by row of the same image, and its 95 % interval over images. Computed on their device."
+    "{value, low, high}: Fréchet distance of features (n, d) of originals and of reconstructions, row by row of the same image, and its 95 % interval over images. Computed on their device. Raises ValueError for less than 2 draws or 4 images."
     def distance(picks):
         one, other = (Stats(originals.shape[1], originals.device) for _ in range(2))
         for part in picks.to(originals.device).split(4096): one.update(originals[part]), other.update(reconstructions[part])
         return frechet(one, other)
-    generator, n = torch.Generator().manual_seed(seed), len(originals)
-    value, redrawn = distance(torch.arange(n)), [distance(torch.randint(n, (n,), generator=generator)) for _ in range(draws)]
-    half = 1.96 * float(np.std(redrawn, ddof=1))
-    return {"value": max(0., value), "low": max(0., value - half), "high": value + half}
+    n = len(originals)
+    return interval(distance(torch.arange(n)), [distance(picks) for picks in halves(n, draws, seed)], n)
 
-# %% ../../nbs/72_reconstruction.ipynb #ae310148
+# %% ../../nbs/72_reconstruction.ipynb #6fd4acc6
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionQuality(Evaluator):
     "rPSNR (dB), SSIM, perceptual distance, colour shift and, with an extractor, rFID or rFD of encode–decode on `samples` images of a pair source (None: all)."
@@ -133,6 +131,7 @@ class ReconstructionQuality(Evaluator):
         if self.resize not in RESIZE: raise ValueError(f"resize={self.resize!r} must be one of {', '.join(RESIZE)}")
         if self.quantise not in QUANTISE: raise ValueError(f"quantise={self.quantise!r} must be one of {', '.join(QUANTISE)}")
         for dtype in (self.encode_dtype, self.decode_dtype): precision(dtype, "cpu")
+        if self.extractor and self.samples is not None and self.samples < 4: raise ValueError(f"samples={self.samples} give no interval of a distance: use at least 4, or extractor=None")
 
     def check(self, job):
         "Raises FileNotFoundError if the weights of LPIPS or of the extractor, or the images, are missing; ValueError for images the extractor can't see."
@@ -152,7 +151,7 @@ class ReconstructionQuality(Evaluator):
                 totals += moments(measures(again, images, distance))
                 for seen, side in zip(sides or (), (images, again)): seen.add(places[good], quantise(side, self.quantise))
         card = dict(reference=data_name(reader), resize=self.resize, size=size, encode_dtype=self.encode_dtype, decode_dtype=self.decode_dtype)
-        yield from self._pixels(sum_ranks(totals), distance.label, self.samples or len(reader), device, card)
+        yield from self._pixels(sum_ranks(totals), distance, self.samples or len(reader), device, card)
         if sides: yield self._distance(sides, self.samples or len(reader), device, card)
 
 def _sides(config, device) -> tuple[Seen, Seen]:
@@ -160,14 +159,15 @@ def _sides(config, device) -> tuple[Seen, Seen]:
     with torch.random.fork_rng(): extractor = config.build().to(device)
     return Seen(extractor, keep=True), Seen(extractor, keep=True)
 
-# %% ../../nbs/72_reconstruction.ipynb #da3e436e
-def _pixels(self, totals, label, wanted, device, card):
-    "The rows of what is measured image by image; totals (3, 7) of all ranks."
-    names = "rPSNR", "SSIM", "LPIPS" if self.perceptual.kind == "lpips" else label, "colour_shift"
-    for i, metric in enumerate(names):
+# %% ../../nbs/72_reconstruction.ipynb #b390ae97
+def _pixels(self, totals, distance, wanted, device, card):
+    "The rows of what is measured image by image; totals (3, 7) of all ranks. The perceptual distance names its weights as the card's extractor."
+    near = "LPIPS" if distance.label == LPIPS else distance.label
+    for i, metric in enumerate(("rPSNR", "SSIM", near, "colour_shift")):
         numbers = summary(totals[:, i])
         signed = dict(zip(("red", "green", "blue"), (totals[1, 4:] / totals[0, 4:]).tolist())) if metric == "colour_shift" else {}
-        yield row(metric, {**numbers, "skipped": wanted - numbers["images"], **signed}, device, **card)
+        features = {"extractor": f"{distance.label}:{distance.hash}"} if metric == near else {}
+        yield row(metric, {**numbers, "skipped": wanted - numbers["images"], **signed}, device, **card, **features)
 
 def _distance(self, sides, wanted, device, card) -> dict:
     "The row of the distance between the two sides."
