@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import HERE, job, rec
 
@@ -13,13 +14,12 @@ import vtp.generation.train as package
 from vtp.data.pairs import Shards
 from vtp.data.shapes import Shapes
 from vtp.generation.dit import DiTConfig
-from vtp.generation.latents import CacheLatents
+from vtp.generation.latents import CacheLatents, open_latents
 from vtp.generation.train import Generator, LatentBatches, TrainDiT, cost
 from vtp.job import At, launch, run_of
 from vtp.optim import OptimConfig
-from test_latents import tar
+from test_latents import PRETRAIN, change, tar
 
-PRETRAIN = job((rec(),), pairs=Shapes(count=64, size=16), steps=3)
 LATENTS = CacheLatents(At(PRETRAIN), Shapes(count=90, size=16, classes=4), batch=16, shard=40, dtype="fp32")
 LEAN = replace(LATENTS, store=False)
 DIT = DiTConfig(width=16, depth=2, heads=2, channels=8, grid=4, classes=4)
@@ -152,9 +152,11 @@ def test_latents_that_are_not_finite_call_the_step_off():
     shard = int(np.searchsorted(batches.reader.starts, target, side="right")) - 1
     file = run_of(LATENTS).path / "latents" / f"shard-{shard:05d}.safetensors"
     tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        made_with = opened.metadata()
     for name in ("z", "z_flipped"):
         tensors[name][target - batches.reader.starts[shard], 0, 0, 0] = float("nan")
-    save_file(tensors, file)
+    save_file(tensors, file, made_with)
     run = launch(small, machine=HERE)[0]
     listed = run.rows("quarantine")
     assert listed[0]["step"] == 4 and f"hash {batches.reader.keys[target]:016x}" in listed[0]["keys"] and len(listed[0]["keys"]) == 16
@@ -164,9 +166,11 @@ def test_latents_that_are_not_finite_call_the_step_off():
 def test_bad_images_on_the_fly_are_replaced(tmp_path, monkeypatch):
     monkeypatch.setenv("VTP_CACHE", str(tmp_path / "cache"))
     data = Shards(tar(tmp_path / "some.tar", torn=(3, 17)))
-    small = train(latents=replace(LEAN, data=data), dit=replace(DIT, classes=48))
+    small = train(latents=replace(LEAN, data=data), dit=replace(DIT, classes=40))         # labels 0 … 39
     run = launch(small, machine=HERE)[0]
     assert run.rows("quarantine") == [] and run.rows()[-1]["bad"] == 0          # the cache has left them out already
+    with pytest.raises(ValueError, match="the images have 40 classes, dit.classes=48: set classes=40"):       # classes without names are counted
+        launch(replace(small, dit=replace(DIT, classes=48)), machine=HERE)
 
 
 def test_unlabelled_images_are_of_one_class(tmp_path, monkeypatch):
@@ -181,7 +185,8 @@ def test_unlabelled_images_are_of_one_class(tmp_path, monkeypatch):
 
 def test_what_does_not_fit_is_refused():
     for changes, words in ((dict(dit=replace(DIT, channels=4)), "channels=8, grid=4"), (dict(dit=replace(DIT, grid=8)), "channels=8, grid=4"),
-                           (dict(dit=replace(DIT, classes=3)), "set classes=4"), (dict(latents=replace(LATENTS, of=At(PRETRAIN, 1))), "step 1 is not kept")):
+                           (dict(dit=replace(DIT, classes=3)), "4 classes, dit.classes=3: set classes=4"), (dict(dit=replace(DIT, classes=48)), "4 classes, dit.classes=48: set classes=4"),
+                           (dict(latents=replace(LATENTS, of=At(PRETRAIN, 1))), "step 1 is not kept")):
         with pytest.raises(ValueError, match=words):
             launch(train(**changes), machine=HERE)
         assert not run_of(PRETRAIN).done                            # before anything has started
@@ -193,6 +198,36 @@ def test_what_does_not_fit_is_refused():
         LatentBatches(train(), 0, 3)
     with pytest.raises(FileNotFoundError):
         train().load()
+
+
+@pytest.mark.parametrize("latents", [LATENTS, LEAN], ids=["stored", "on the fly"])
+def test_a_dit_of_other_latents_is_refused(latents):
+    "Another encoder, its latents made anew as the message says: the DiT is done, and not theirs."
+    small = train(latents=latents, keep=(4,))
+    launch(small, machine=HERE)
+    old = small.load()
+    change("encoder")
+    with pytest.raises(ValueError, match="made with encoder .* launch again to make the latents anew"):
+        small.load()
+    fresh(latents)
+    launch(small, machine=HERE)
+    then, now = run_of(small).at().state["data"], open_latents(latents).digest
+    assert then != now and run_of(small).done
+    for step in (None, 4):
+        with pytest.raises(ValueError, match=f"trained on latents {then}, but latents-.* now holds {now}: put .* back .*, or remove .* launch again"):
+            At(small, step).load()
+    fresh(small)
+    launch(small, machine=HERE)
+    new = small.load()
+    assert not torch.equal(old.mean, new.mean) and not all(torch.equal(a, b) for a, b in zip(old.dit.parameters(), new.dit.parameters()))
+
+
+def test_the_same_latents_made_anew_are_the_same():
+    small = train()
+    launch(small, machine=HERE)
+    fresh(LATENTS)
+    launch(LATENTS, machine=HERE)
+    small.load()
 
 
 def test_the_generator_is_whole():

@@ -1,4 +1,5 @@
 """The second stage: the encoder stays as it is to the bit, the decoder improves, both players resume, stop and start together."""
+import math
 import signal
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from vtp.job import At, inputs, launch, run_of
 from vtp.objectives.adversarial import DINO, Adversarial, DiffAugment, FeatureGAN, PatchGAN, Trunk
 from vtp.optim import OptimConfig
 from vtp.perceptual import PerceptualConfig
+from vtp.run import write_checkpoint
 
 GROUPS = ("decoder", "ema", "discriminator", "optim", "optim_discriminator")
 TUNE = OptimConfig(2e-3, (0.5, 0.9), 1e-8, 0.0, 2, 0.1, None)
@@ -175,6 +177,46 @@ def test_the_discriminator_learns_first():
         assert {"l1", "perceptual", "generator", "logits_real", "logits_fake", "accuracy", "saturated", "lr", "grad_norm", "grad_norm_discriminator"} <= row.keys()
         assert 0 <= row["saturated"] <= 1 and row["adaptive"] > 0
     assert [one.adversarial.weight_at(s, 10) for s in range(3, 7)] == [0, 0.25, 0.5, 0.5]
+
+
+def test_the_discriminators_schedule_begins_with_it(monkeypatch):
+    seen, step = {}, package.guarded_step
+
+    def noted(opt, clip, lr):
+        seen.setdefault(id(opt), []).append(lr)
+        return step(opt, clip, lr)
+
+    monkeypatch.setattr(package, "guarded_step", noted)
+    launch(stage2(), machine=HERE)
+    decoder, discriminator = seen.values()                                           # in the order of their first steps
+    law = lambda steps: [1e-3, 2e-3, *(2e-3 * (0.1 + 0.9 * (1 + math.cos(math.pi * k / (steps - 3))) / 2) for k in range(steps - 2))]
+    assert decoder == pytest.approx(law(10)) and discriminator == pytest.approx(law(8))
+
+
+def change(job, part):
+    "Add to a weight of the tokenizer on disk, as another training would have."
+    run = run_of(job)
+    last = run.at()
+    tensors = {group: last.tensors(group) for group in ("model", "optim")}
+    name = next(n for n in tensors["model"] if n.startswith(f"tokenizer.{part}") and n.endswith("weight"))
+    tensors["model"][name] += 0.1
+    write_checkpoint(run.path / "checkpoints", last.step, tensors, last.state)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+def test_a_decoder_of_another_encoder_is_refused(monkeypatch, dtype):
+    small, refusal = stage2(keep=(4,), dtype=dtype), "tuned the decoder of encoder [0-9a-f]{10}, but here is [0-9a-f]{10}: .* remove .* launch again"
+    run, = launch(small, machine=HERE)
+    change(small.of.job, "decoder")
+    small.load(), small.load(4)                                                      # it has a decoder of its own
+    change(small.of.job, "encoder")
+    assert launch(small, machine=HERE)[0].done
+    for step in (None, 4):
+        with pytest.raises(ValueError, match=refusal):
+            At(small, step).load()
+    (run.path / "done").unlink()
+    with pytest.raises(ValueError, match=refusal):                                   # nor does it train on with the other half
+        launch(small, machine=HERE)
 
 
 def test_the_average_follows():

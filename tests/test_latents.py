@@ -15,7 +15,7 @@ from tiny import HERE, job, rec
 import vtp.generation.latents as package
 from vtp.data.pairs import Shards
 from vtp.data.shapes import Shapes
-from vtp.generation.latents import CacheLatents, open_latents
+from vtp.generation.latents import CacheLatents, encode, open_latents
 from vtp.job import At, launch, run_of
 from vtp.run import write_checkpoint
 from vtp.tokenizers.vit import ViTTokenizer
@@ -83,6 +83,31 @@ def test_neither_batch_nor_shard_size_moves_the_statistics(monkeypatch):
     assert np.allclose(found[0].std, z.double().numpy().std((0, 2, 3)), rtol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_the_dtype_is_that_of_computing_too(dtype):
+    tokenizer, image = PRETRAIN.build().tokenizer.eval(), torch.rand(4, 3, 16, 16)
+    with torch.no_grad():
+        wide, z = tokenizer.encode(image), encode(tokenizer, image, dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = tokenizer.encode(image).bfloat16()
+    assert torch.equal(z, {"bf16": half, "fp32": wide}[dtype]) and not torch.equal(half, wide.bfloat16())
+
+
+def test_moments_do_not_depend_on_the_batch_or_the_threads():
+    z = torch.randn(130, 3, 16, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    whole, threads = package.moments(z), torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            for batch in (1, 3, 64, 130):
+                assert torch.equal(torch.cat([package.moments(part) for part in z.split(batch)], 2), whole)
+    finally:
+        torch.set_num_threads(threads)
+    values, mean, squares = package.pool(whole.numpy(), 256)
+    exact = z.double().numpy()
+    assert values == 130 * 256 and np.allclose(mean, exact.mean((0, 2, 3)), rtol=1e-11, atol=0) and np.allclose(squares / values, exact.var((0, 2, 3)), rtol=1e-12)
+
+
 def tar(path, torn=(), unlabelled=False):
     "40 JPEG pairs, some of them torn."
     pairs = Shapes(count=40, size=24).open().read(np.arange(40), np.arange(40, dtype=np.uint64))
@@ -140,6 +165,36 @@ def test_another_encoder_is_refused_another_decoder_is_not():
     (run.path / "done").unlink()
     with pytest.raises(ValueError, match="made with encoder .* remove .* launch again"):      # nor are half of the shards made by another
         launch(small, machine=HERE)
+
+
+@pytest.mark.parametrize("store", [True, False], ids=["stored", "statistics only"])
+def test_a_shard_of_another_encoder_is_refused(store):
+    "A file of the same name, shape and size, as a copy from another machine would leave."
+    small = latents(store=store)
+    run = launch(small, machine=HERE)[0]
+    before, file = contents(run), run.path / "latents" / "shard-00002.safetensors"
+    change("encoder")
+    again(run)
+    launch(small, machine=HERE)
+    assert not torch.equal(torch.tensor(open_latents(small).mean), torch.tensor(json.loads(before["statistics.json"])["mean"]))
+    after = contents(run)
+    assert len(after[file.name]) == len(before[file.name])
+    file.write_bytes(before[file.name])
+    with pytest.raises(ValueError, match=f"{file.name} was made with encoder .*, the statistics with .*: remove it and .*done, and launch again"):
+        open_latents(small)
+    file.unlink()
+    (run.path / "done").unlink()
+    launch(small, machine=HERE)
+    assert contents(run) == after and open_latents(small).starts.tolist() == [0, 20, 40, 60, 80, 90]
+
+
+def test_a_shard_of_other_data_is_refused():
+    small, other = latents(), latents(data=Shapes(count=90, size=16, split="val"))
+    run, another = launch(small, other, machine=HERE)
+    name = "latents/shard-00001.safetensors"
+    (run.path / name).write_bytes((another.path / name).read_bytes())
+    with pytest.raises(ValueError, match="shard-00001.safetensors was made with data"):
+        open_latents(small)
 
 
 def test_other_data_are_refused(tmp_path, monkeypatch):

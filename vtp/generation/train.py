@@ -24,7 +24,7 @@ from ..dist import alone, device, rank, unwrap, world, wrap
 from ..flops import count
 from .dit import DiT, DiTConfig
 from .flow import FlowConfig, flow_loss, gaussian, interpolate, logit_normal
-from .latents import CacheLatents, LatentReader, encode, open_latents, read_statistics, refuse
+from .latents import CacheLatents, LatentReader, digest_of, encode, open_latents, read_statistics, refuse
 from ..interfaces import Tokenizer
 from ..job import Job, load, run_of
 from ..loop import DTYPES, Ledger, State, averages, check_length, loop, prepare, resume
@@ -66,10 +66,11 @@ class TrainDiT(Job):
             return DiT(self.dit).to(device=where, dtype=DTYPES[self.dtype])
 
 # %% ../../nbs/63_train_dit.ipynb #1f94e3ba
-def check_labels(dit:DiTConfig, labelled:bool, classes:int):
-    "Raise ValueError if `dit` has no place for `classes` labels."
+def check_labels(dit:DiTConfig, labelled:bool, classes:int|None):
+    "Raise ValueError if `dit` does not have exactly `classes` labels (None: not known yet), or more than one for images without labels."
     if not labelled and dit.classes != 1: raise ValueError(f"the images have no labels, dit.classes={dit.classes}: set classes=1 for an unconditional DiT, or use labelled data")
-    if labelled and classes > dit.classes: raise ValueError(f"the images have {classes} classes, dit.classes={dit.classes}: set classes={classes}")
+    if labelled and classes not in (None, dit.classes):
+        raise ValueError(f"the images have {classes} classes, dit.classes={dit.classes}: set classes={classes}, so that every image has its label and every label its images")
 
 def check_shape(dit:DiTConfig, shape:tuple[int, int, int]):
     "Raise ValueError if `dit` is not made for latents of that shape."
@@ -79,7 +80,7 @@ def check_shape(dit:DiTConfig, shape:tuple[int, int, int]):
 def _check(self:TrainDiT):
     self.latents.check()
     source = self.latents.data.open()
-    check_labels(self.dit, source.labelled, len(source.classes or ()))
+    check_labels(self.dit, source.labelled, len(source.classes or ()) or None)
     with torch.device("meta"): check_shape(self.dit, self.latents.of.job.tokenizer.build().latent_shape)
     cost(self.dit)
 
@@ -111,7 +112,7 @@ class LatentBatches(Dataset):
         self.job, self.reader, self.steps = job, open_latents(job.latents), job.steps
         self.mine = np.arange(job.batch).reshape(world, -1)[rank]
         check_shape(job.dit, self.reader.shape)
-        check_labels(job.dit, self.reader.labelled, int(self.reader.labels.max()) + 1)
+        check_labels(job.dit, self.reader.labelled, len(self.reader.classes or ()) or int(self.reader.labels.max()) + 1)     # named, or counted
 
     def __len__(self): return self.steps
 
@@ -194,10 +195,17 @@ class Generator(nn.Module):
         return self.tokenizer.decode((z * self.std + self.mean).to(next(self.tokenizer.parameters()).dtype))
 
 def _load(self:TrainDiT, step:int|None=None, where="cpu") -> Generator:
-    "The generator after `step` steps (None: all) in eval mode. Raises ValueError if the tokenizer at hand is not the one that made the latents."
+    """The generator after `step` steps (None: all) in eval mode.
+
+    Raises ValueError if the tokenizer at hand is not the one that made the latents, or the latents are not those that the DiT was trained on."""
     statistics, tokenizer, dit = read_statistics(self.latents), load(self.latents.of, where).tokenizer, self.build(where)
     refuse(statistics, {"encoder": tokenizer.encoder_hash()}, run_of(self.latents).path)
-    dit.load_state_dict(run_of(self).at(step or self.steps).tensors("ema", where))
+    run, now = run_of(self), digest_of(statistics)
+    checkpoint = run.at(step or self.steps)
+    if checkpoint.state["data"] != now:
+        raise ValueError(f"{run.path.name} was trained on latents {checkpoint.state['data']}, but {run_of(self.latents).path.name} now holds {now}: "
+                         f"put the latents back as they were, or remove {run.path} and launch again to train on these")
+    dit.load_state_dict(checkpoint.tensors("ema", where))
     return Generator(tokenizer, dit, np.array(statistics["mean"]), np.array(statistics["std"])).requires_grad_(False).eval()
 
 TrainDiT.load = _load
