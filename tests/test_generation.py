@@ -13,6 +13,7 @@ from vtp.dist import start, world
 from vtp.evaluation.extractors import Inception, MobileNet, MobileNetV1, ShapesEvaluator
 from vtp.evaluation.generation import GenerationQuality, sample_sheet
 from vtp.evaluation.protocol import PROTOCOLS
+from vtp.finetune_decoder import FinetuneDecoder
 from vtp.generation.dit import DiT, DiTConfig
 from vtp.generation.flow import SamplerConfig
 from vtp.generation.latents import CacheLatents
@@ -76,10 +77,38 @@ def test_what_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="float64"): list(replace(QUALITY, dtype="fp32").rows(generator(), torch.device("cpu")))
     latents = CacheLatents(At(job((rec(),))), Shapes(count=64, size=16))
     trained = TrainDiT(latents, DiTConfig(32, 1, 2, channels=8, grid=4, classes=48), steps=2)
-    with pytest.raises(FileNotFoundError, match="curl -LO"): replace(QUALITY, reference=str(tmp_path / "none.npz")).check(trained)
-    with pytest.raises(FileNotFoundError, match="curl -LO"): replace(QUALITY, extractor=Inception(str(tmp_path / "none.pth"))).check(trained)
+    with pytest.raises(ValueError, match="use dtype='fp32'"): QUALITY.check(trained)
+    fp32 = replace(QUALITY, dtype="fp32")
+    with pytest.raises(FileNotFoundError, match="curl -LO"): replace(fp32, reference=str(tmp_path / "none.npz")).check(trained)
+    with pytest.raises(FileNotFoundError, match="curl -LO"): replace(fp32, extractor=Inception(str(tmp_path / "none.pth"))).check(trained)
     np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    with pytest.raises(ValueError, match="another extractor"): replace(QUALITY, reference=str(tmp_path / "adm.npz")).check(trained)
+    with pytest.raises(ValueError, match="another extractor"): replace(fp32, reference=str(tmp_path / "adm.npz")).check(trained)
     save_file(MobileNetV1().state_dict(), tmp_path / "mobilenet.safetensors")
-    with pytest.raises(ValueError, match="multiples of 32; give MobileNet a size"): replace(QUALITY, extractor=MobileNet(str(tmp_path / "mobilenet.safetensors"))).check(trained)
-    replace(QUALITY, extractor=MobileNet(str(tmp_path / "mobilenet.safetensors"), size=32)).check(trained)
+    with pytest.raises(ValueError, match="multiples of 32; give MobileNet a size"): replace(fp32, extractor=MobileNet(str(tmp_path / "mobilenet.safetensors"))).check(trained)
+    replace(fp32, extractor=MobileNet(str(tmp_path / "mobilenet.safetensors"), size=32)).check(trained)
+    fp32.check(trained), replace(fp32, dtype="bf16").check(trained), QUALITY.check(replace(trained, dtype="fp64"))
+    guided = replace(fp32, sampler=SamplerConfig("heun", 4, guidance=2.))
+    guided.check(trained)
+    with pytest.raises(ValueError, match="drop_labels=0.1"): guided.check(replace(trained, drop_labels=0.))
+    for n, words in ((3, "at least 4"), (151, "reference_samples=151")):
+        with pytest.raises(ValueError, match=words): replace(fp32, reference_samples=n).check(trained)
+
+
+def test_a_decoder_must_come_from_the_latents_very_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setenv("VTP_CACHE", str(tmp_path))
+    data, pretrain = Shapes(count=64, size=16), job((rec(),), keep=(6,))
+    trained = TrainDiT(CacheLatents(At(pretrain), data), DiTConfig(32, 1, 2, channels=8, grid=4, classes=48), steps=2)
+    stage = FinetuneDecoder(At(pretrain), data, rec(), steps=100)
+    fp32 = replace(QUALITY, dtype="fp32")
+    for decoder in (At(stage), At(stage, 100), At(replace(stage, of=At(pretrain, 12))), At(replace(stage, of=At(stage), seed=1))):
+        replace(fp32, decoder=decoder).check(trained)
+    for decoder in (At(replace(stage, of=At(pretrain, 6))), At(replace(stage, of=At(replace(pretrain, seed=1)))), At(pretrain, 6)):
+        with pytest.raises(ValueError, match="not made from the checkpoint of the latents.* at step 12"): replace(fp32, decoder=decoder).check(trained)
+
+
+def test_precision_and_recall_compare_with_as_many_real_images(tmp_path, monkeypatch):
+    monkeypatch.setenv("VTP_CACHE", str(tmp_path))
+    extractor = QUALITY.extractor.build()
+    for quality, total, kept in ((QUALITY, 150, 60), (replace(QUALITY, samples=500), 150, 150), (replace(QUALITY, reference_samples=100), 100, 60), (replace(QUALITY, reference_samples=40), 40, 40)):
+        real, near = quality.references(extractor, 16, torch.device("cpu"))
+        assert (real.stats.n, near.stats.n, len(near.features)) == (total, kept, kept)

@@ -1,6 +1,7 @@
 """Every number carries its card; probes leave no trace in a training; unlike cards do not meet in a comparison."""
 import json
 import random
+import signal
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,11 +16,17 @@ from vtp.config import digest, dumps, loads
 from vtp.data.shapes import Shapes
 from vtp.dist import start
 from vtp.evaluation.linear_probe import LinearProbe
-from vtp.evaluation.protocol import CARD, PROTOCOLS, Evaluate, comparable, compare
+from vtp.evaluation.protocol import CARD, PROTOCOLS, Evaluate, comparable, compare, trained_card
 from vtp.evaluation.reconstruction import ReconstructionQuality
 from vtp.evaluation.trunk_probe import TrunkProbe
 from vtp.evaluation.zero_shot import Retrieval, ZeroShot
-from vtp.job import At, launch
+from vtp.finetune_decoder import FinetuneDecoder
+from vtp.generation.dit import DiTConfig
+from vtp.generation.flow import FlowConfig
+from vtp.generation.latents import CacheLatents
+from vtp.generation.train import TrainDiT
+from vtp.interfaces import Evaluator
+from vtp.job import At, launch, run_of
 from vtp.perceptual import PerceptualConfig
 from vtp.results import collect
 
@@ -43,6 +50,21 @@ class Features(nn.Module):
 class Careless:
     def build(self):
         return Features()
+
+
+CALLS, TROUBLE = [], {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scripted(Evaluator):
+    "Two rows; between them, once, whatever TROUBLE holds for its name."
+    name: str
+
+    def rows(self, model, device):
+        CALLS.append(self.name)
+        yield {"metric": f"{self.name} 1", "value": 1}
+        TROUBLE.pop(self.name, lambda: None)()
+        yield {"metric": f"{self.name} 2", "value": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -116,6 +138,91 @@ def test_a_probe_and_an_evaluation_of_one_checkpoint_are_one_number():
         comparable([a, b])
         assert a["value"] == b["value"] and a["samples"] == b["samples"] == 32 and a["flops"] == b["flops"]
         assert b["train_seed"] == 0 and a["versions"] == b["versions"] and a["hardware"] == b["hardware"] == "CPU"
+
+
+def fail():
+    raise OSError("no disk")
+
+
+@pytest.mark.timeout(120)
+def test_an_evaluation_goes_on_behind_the_last_complete_evaluator():
+    small = job((rec(),), steps=1)
+    evaluation = Evaluate(At(small), tuple(Scripted(name=name) for name in "abcd"))
+    CALLS.clear()
+    TROUBLE.update(b=fail, c=lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(OSError, match="no disk"):
+        launch(evaluation, machine=HERE)
+    assert CALLS == ["a", "b"] and [row["metric"] for row in run_of(evaluation).rows()] == ["a 1", "a 2", "b 1"]
+    with pytest.raises(InterruptedError, match="launch again"):
+        launch(evaluation, machine=HERE)
+    assert CALLS == ["a", "b", "b", "c"]          # c, which the signal met, was finished
+    run, = launch(evaluation, machine=HERE)
+    assert CALLS == ["a", "b", "b", "c", "d"] and run.done
+    assert [row["metric"] for row in run.rows()] == [f"{name} {i}" for name in "abcd" for i in (1, 2)]
+    whole = Evaluate(At(small), tuple(Scripted(name=name) for name in "abc"))
+    TROUBLE.update(c=lambda: signal.raise_signal(signal.SIGTERM))
+    assert launch(whole, machine=HERE)[0].done    # a signal in the last one: there is nothing left to stop
+
+
+@pytest.mark.timeout(120)
+def test_torn_rows_are_measured_anew():
+    evaluation = Evaluate(At(job((rec(),), steps=1, seed=7)), tuple(Scripted(name=name) for name in "ab"))
+    CALLS.clear()
+    TROUBLE.update(b=fail)
+    with pytest.raises(OSError, match="no disk"):
+        launch(evaluation, machine=HERE)
+    rows = run_of(evaluation).path / "metrics.jsonl"
+    rows.write_bytes(rows.read_bytes()[:20])
+    run, = launch(evaluation, machine=HERE)
+    assert CALLS == ["a", "b", "a", "b"] and [row["metric"] for row in run.rows()] == ["a 1", "a 2", "b 1", "b 2"]
+
+
+def test_generators_of_other_data_laws_and_averages_do_not_meet():
+    trained = TrainDiT(CacheLatents(At(job((rec(),))), Shapes(count=64, size=16)), DiTConfig(32, 1, 2, channels=8, grid=4, classes=48), steps=2)
+    plain = {"metric": "gFD", "value": 2.0, "low": 1.0, "high": 3.0, "protocol": "mine", **trained_card(trained)}
+    latents = trained.latents
+    changed = {"dit_data": replace(trained, latents=replace(latents, data=Shapes(count=64, size=16, split="val"))), "flow": replace(trained, flow=FlowConfig(sigma=0.5)),
+               "ema": replace(trained, ema=0.0), "dit_dtype": replace(trained, dtype="fp32")}
+    for field, other in changed.items():
+        with pytest.raises(ValueError, match=f"{field}: .* \\| [^;]*$"):
+            compare(plain, plain | trained_card(other))
+    assert {field for field in ("dit_data", "flow", "ema", "dit_dtype") if field in plain} == changed.keys() and trained_card(latents.of.job) == {}
+    for others in (replace(latents, samples=32), replace(latents, flips=False), replace(latents, resize="squash"), replace(latents, dtype="fp32")):
+        assert trained_card(replace(trained, latents=others))["dit_data"] != plain["dit_data"]
+
+
+def test_a_row_about_a_generator_says_how_it_was_trained():
+    trained = TrainDiT(CacheLatents(At(job((rec(),), steps=2)), Shapes(count=64, size=16, classes=4)), DiTConfig(32, 1, 2, channels=8, grid=4, classes=4), steps=2, batch=8, ema=0.5, dtype="fp32")
+    run, = launch(Evaluate(At(trained), (Scripted(name="a"),)), machine=HERE)
+    for row in run.rows():
+        assert trained_card(trained).items() <= row.items() and row["dit_samples"] == 16 and row["ema"] == 0.5
+
+
+def test_what_can_not_be_measured_is_said_before_training():
+    small, train = job((clip(), rec())), Shapes(count=64, size=16)
+    linear, trunk = LinearProbe(train=train, val=VAL, steps=10, batch=32, tap="trunk", pool="cls+mean", blocks=(1, 2)), TrunkProbe(train=train, val=VAL, batch=16, size=16, resize=16, blocks=(1, 2))
+    zero_shot, retrieval = ZeroShot(data=VAL), Retrieval(data=VAL)
+    for fine in (linear, trunk, zero_shot, retrieval):
+        fine.check(small)
+        fine.check(FinetuneDecoder(At(small), train, rec(), steps=100))
+    for wrong, words in ((replace(linear, batch=58), "57 of 64 training samples"), (replace(linear, val_samples=65), "val_samples=65"), (replace(linear, train_samples=65), "train_samples=65"), (replace(linear, blocks=(3,)), "2 blocks"),
+                         (replace(trunk, blocks=(3,)), "2 blocks"), (replace(trunk, size=14), "14"), (replace(trunk, val_samples=65), "val_samples=65"), (replace(zero_shot, samples=65), "samples=65"), (replace(retrieval, samples=65), "samples=65")):
+        with pytest.raises(ValueError, match=words):
+            wrong.check(small)
+        with pytest.raises(ValueError, match=words):
+            launch(Evaluate(At(small), (wrong,)), machine=HERE)
+
+
+@pytest.mark.parametrize("evaluator", evaluators()[1:], ids=lambda e: type(e).__name__)
+def test_the_precision_of_features_is_not_ignored(evaluator):
+    "The tokenizer, and with it whatever reads it, runs under autocast in bf16 and without in fp32."
+    for dtype in ("bf16", "fp32"):
+        model, seen = job((clip(), rec())).build().eval(), set()
+        for module in (model.tokenizer, model.tokenizer.encoder.trunk):
+            for child in module.modules():
+                child.register_forward_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))
+        rows = list(replace(evaluator, dtype=dtype).rows(model, torch.device("cpu")))
+        assert seen == {dtype == "bf16"} and all(row["dtype"] == dtype for row in rows)
 
 
 @pytest.mark.timeout(300)

@@ -17,7 +17,7 @@ from ..config import digest
 from ..dist import sum_ranks
 from .extractors import Inception
 from .fid import QUANTISE, Measured, Seen, bootstrap, distance_name, inception_score, precision_recall, quantise, reference
-from .protocol import PROTOCOLS, row
+from .protocol import PROTOCOLS, check_samples, row, tokenizer_of
 from .reconstruction import frozen, percent
 from ..generation.dit import SIZES, DiTConfig
 from ..generation.flow import SamplerConfig
@@ -50,8 +50,19 @@ def decoding(generator, decoder:At|None, device):
     if (theirs := other.encoder_hash()) != (ours := own.encoder_hash()):
         raise ValueError(f"decoder: its encoder is {theirs}, the latents are of {ours}; name a checkpoint that was made from the latents' tokenizer with the encoder frozen, or decoder=None")
     generator.tokenizer = other
-    try: yield {"decoder": decoder.job.kind, "decoder_run": digest(decoder.job)}
+    spent, before = decoder.spent(), _origin(decoder).spent()
+    try: yield {"decoder": decoder.job.kind, "decoder_run": digest(decoder.job), "decoder_samples": spent.get("decoder_samples", 0), "decoder_flops": spent["flops"] - before["flops"]}
     finally: generator.tokenizer = own
+
+def _chain(at:At) -> list[At]:
+    "A checkpoint and those it was made from, back to the pre-training's."
+    return [at, *(_chain(at.job.of) if hasattr(at.job, "of") else ())]
+
+def _origin(at:At) -> At: return _chain(at)[-1]
+
+def _same(a:At, b:At) -> bool:
+    "Whether two checkpoints are one: the last one may be named by its step."
+    return a.job == b.job and (a.step or a.job.steps) == (b.step or b.job.steps)
 
 # %% ../../nbs/75_generation.ipynb #61706dfe
 @dataclass(frozen=True, kw_only=True)
@@ -79,24 +90,24 @@ class GenerationQuality(Evaluator):
         if isinstance(self.reference, str) and self.reference_samples is not None: raise ValueError(f"reference_samples={self.reference_samples} means nothing for a file of statistics: leave it None")
 
     def check(self, job):
-        "Raises FileNotFoundError for missing weights or reference, ValueError for a job that trains no generator or a reference of another extractor."
+        "Raises FileNotFoundError for missing weights or reference, ValueError for a job that trains no such generator as is asked for, too few images, a reference of another extractor or another tokenizer's decoder."
         if not hasattr(job, "latents"): raise ValueError(f"{type(job).__name__} trains no generator: GenerationQuality measures a TrainDiT job")
-        extractor, size = self.extractor.build(), _origin(job.latents.of.job).tokenizer.image_size
-        extractor(torch.zeros(1, 3, size, size, dtype=torch.uint8))            # an extractor that can't see such images says so
-        if isinstance(self.reference, str): reference(self.reference, extractor, 0)
-        elif (self.reference_samples or 0) > (n := len(self.reference.open())): raise ValueError(f"reference_samples={self.reference_samples}, but the reference has {n} images")
+        if DTYPES[self.dtype] != DTYPES[job.dtype]: raise ValueError(f"dtype={self.dtype!r} samples in {DTYPES[self.dtype]}, but the generator is trained in {DTYPES[job.dtype]}: use dtype={'fp64' if job.dtype == 'fp64' else 'fp32'!r}")
+        if self.sampler.guidance != 1 and not job.drop_labels: raise ValueError(f"guidance={self.sampler.guidance} needs the null label, which drop_labels=0 never trains: train with drop_labels=0.1, or sample with guidance=1")
         if self.decoder:
             self.decoder.check()
-            if _origin(self.decoder.job) != (of := _origin(job.latents.of.job)): raise ValueError(f"decoder comes from another pre-training than the latents: give the decoder stage of {of.label() or of.kind} as decoder, or None")
-
-def _origin(job):
-    "The pre-training behind a second stage."
-    while hasattr(job, "of"): job = job.of.job
-    return job
+            if not any(_same(at, job.latents.of) for at in _chain(self.decoder)):
+                of = job.latents.of
+                raise ValueError(f"decoder was not made from the checkpoint of the latents: give a decoder stage of {of.job.label() or of.job.kind} at step {of.step or of.job.steps}, or None")
+        extractor, size = self.extractor.build(), tokenizer_of(job).image_size
+        extractor(torch.zeros(1, 3, size, size, dtype=torch.uint8))            # an extractor that can't see such images says so
+        if isinstance(self.reference, str): return reference(self.reference, extractor, 0)
+        check_samples(reader := self.reference.open(), reference_samples=self.reference_samples)
+        if (n := self.reference_samples or len(reader)) < 4: raise ValueError(f"the reference has {n} images: precision and recall need at least 4")
 
 # %% ../../nbs/75_generation.ipynb #3097f283
 def _rows(self:GenerationQuality, model, device):
-    "Rows {metric, value, low, high, images, nfe, seed, card…}: gFID or gFD, then precision and recall (of a pair source), then IS or IS_like. The same on each rank."
+    "Rows {metric, value, low, high, images, nfe, seed, card…}, with another decoder decoder_run, decoder_samples and decoder_flops (beyond the pre-training, not in the tokenizer's flops): gFID or gFD, then precision and recall (of a pair source), then IS or IS_like. The same on each rank."
     with torch.random.fork_rng(): extractor = self.extractor.build().to(device)
     with decoding(model, self.decoder, device) as decoder, frozen(model): made, nfe = self.sampled(model, extractor)
     real, near = self.references(extractor, model.tokenizer.image_size, device)
@@ -138,12 +149,15 @@ GenerationQuality.rows, GenerationQuality.sampled, GenerationQuality.references,
 
 # %% ../../nbs/75_generation.ipynb #4dc6dd5a
 def by_protocol(name:str, **fields) -> GenerationQuality:
-    "The evaluator whose rows of a fitting DiT go by `name`; `fields` are those the protocol leaves open. Raises ValueError for a name that is no generation protocol, or a field that it fixes."
+    """The evaluator whose rows of a fitting DiT go by `name`; `fields` are those the protocol leaves open, and where the Inception's weights are: `extractor=Inception("path")`.
+
+    Raises ValueError for a name that is no generation protocol, a field that it fixes, or another extractor."""
     known = [n for n, p in PROTOCOLS.items() if "gFID" in p.metrics]
     if name not in known: raise ValueError(f"no protocol {name!r} of generation: choose from {', '.join(known)}")
     fixed = PROTOCOLS[name].fixed
     sampler = SamplerConfig(fixed["sampler"], **{field: fixed[field] for field in ("steps", "shift", "rtol", "atol", "control", "guidance") if field in fixed})
-    settings = dict(samples=fixed["images"], sampler=sampler, extractor=Inception(), labels=fixed["labels"], quantise=fixed["quantise"])
+    settings = dict(samples=fixed["images"], sampler=sampler, labels=fixed["labels"], quantise=fixed["quantise"], dtype=fixed["dtype"])
+    if not isinstance(fields.setdefault("extractor", Inception()), Inception): raise ValueError(f"{name} is measured by Inception, not by {type(fields['extractor']).__name__}: leave extractor out, or give Inception(weights=…)")
     if double := sorted(settings.keys() & fields.keys()): raise ValueError(f"{', '.join(double)} is fixed by {name}: leave it out, or write GenerationQuality(…) under a name of its own")
     return GenerationQuality(**{"reference": "VIRTUAL_imagenet256_labeled.npz", **settings, **fields})
 

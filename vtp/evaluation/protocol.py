@@ -4,10 +4,13 @@
 
 # %% auto #0
 __all__ = ['CARD', 'IMAGENET_VAL', 'PROTOCOLS', 'LOWER_IS_BETTER', 'HIGHER_IS_BETTER', 'data_name', 'Protocol', 'named', 'stamp',
-           'row', 'better', 'comparable', 'compare', 'Evaluate']
+           'row', 'better', 'comparable', 'compare', 'check_samples', 'check_memory', 'tokenizer_of', 'trained_card',
+           'Evaluate']
 
 # %% ../../nbs/70_protocol.ipynb #25786e1e
 import dataclasses
+import json
+import os
 import re
 from dataclasses import dataclass
 from numbers import Real
@@ -17,10 +20,11 @@ import torch
 
 import vtp
 from ..data.imagenet import FolderReader, imagenet_classes
-from ..dist import device, is_main
+from ..dist import any_rank, device, gather_objects, is_main
 from ..interfaces import Evaluator
 from ..job import At, Job, progress
-from ..run import Run
+from ..loop import stop_signal
+from ..run import Run, sync, write_text
 
 # %% ../../nbs/70_protocol.ipynb #e15ee3c0
 CARD = {
@@ -30,10 +34,12 @@ CARD = {
     "dtype": "precision of the features or of sampling", "encode_dtype": "precision of encode", "decode_dtype": "precision of decode",
     "sampler": "the solver", "steps": "points of a fixed-step solver", "shift": "of its time grid (0: none)", "rtol": "of an adaptive solver", "atol": "of an adaptive solver",
     "control": "what shares a step size: `sample` or `batch`", "batch": "images that share one", "guidance": "its scale (1: none)", "interval": "of t in which it acts",
-    "channels": "that it acts on", "labels": "their law", "dit": "size of the generator", "dit_samples": "images it was trained on", "decoder": "kind of the job that tuned the decoder of samples, if not the generator's own",
+    "channels": "that it acts on", "labels": "their law", "dit": "size of the generator", "dit_samples": "images it was trained on",
+    "dit_data": "the latents it was trained on: `kind:hash` of their images, how many if not all, resize, precision, mirror images", "flow": "law of t and weight of the cosine loss", "ema": "decay of its averaged weights", "dit_dtype": "precision of its training",
+    "decoder": "kind of the job that tuned the decoder of samples, if not the generator's own",
     "tap": "where features are read", "pool": "how they become a vector", "train_reference": "the data a probe learns from", "train_images": "how many of them",
     "probe_steps": "of its training", "probe_batch": "of its training", "standardise": "features scaled to unit variance", "augment": "what a probe sees of an image in training",
-    "candidates": "classifiers trained", "selected_on": "what chose the best classifier", "classes": "how many", "prompts": "hash of class names and templates", "captions": "how many of an image are used",
+    "candidates": "classifiers trained", "candidate_blocks": "last blocks of the trunk they read, `1-4` for one or four", "selected_on": "what chose the best classifier", "classes": "how many", "prompts": "hash of class names and templates", "captions": "how many of an image are used",
 }
 
 # %% ../../nbs/70_protocol.ipynb #46780e47
@@ -42,6 +48,7 @@ IMAGENET_VAL = "4e82e9ce5b"    # digest of 1000 WordNet folders with ILSVRC2012_
 def data_name(reader) -> str:
     "`kind:hash` of a reader's data: `imagenet_val:…`, `imagenet_train:…`, `folder:…`, `shards:…`, `shapes:…`."
     kind = type(reader).__name__.removesuffix("Reader").lower()
+    if kind == "shard": kind = "shards"
     if isinstance(reader, FolderReader) and reader.digest == IMAGENET_VAL: kind = "imagenet_val"
     if isinstance(reader, FolderReader) and _is_train(reader): kind = "imagenet_train"
     return f"{kind}:{reader.digest}"
@@ -75,7 +82,7 @@ class Protocol:
 _val = dict(images=50_000, reference="imagenet_val", size=256)
 _pixels = _val | dict(resize="center_crop", encode_dtype="bf16", decode_dtype="fp32")
 _features = dict(extractor="inception", quantise="truncate")
-_adm = _features | dict(reference="VIRTUAL_imagenet256_labeled", size=256, guidance=1., labels="uniform")
+_adm = _features | dict(reference="VIRTUAL_imagenet256_labeled", size=256, guidance=1., labels="uniform", dtype="fp32")
 _dopri5 = _adm | dict(images=10_000, dit="B/1", sampler="dopri5", rtol=1e-3, atol=1e-6)
 _probe = _val | dict(train_reference="imagenet_train", train_images=1_281_167, probe_steps=12_500, probe_batch=1024, standardise=False)
 _latent = _probe | dict(tap="latent", resize="center_crop", augment="none", candidates=13, selected_on="train_tenth")
@@ -89,7 +96,7 @@ PROTOCOLS = {p.name: p for p in (
     Protocol("gfid50k_xl_euler250_s0.075", _generation, _adm | dict(images=50_000, dit="XL/1", sampler="euler", steps=250, shift=.075)),
     Protocol("probe_latent_mean", ("probe",), _latent | dict(pool="mean")),
     Protocol("probe_latent_flat", ("probe",), _latent | dict(pool="flat")),
-    Protocol("probe_trunk_dinov2", ("probe",), _probe | dict(tap="trunk", pool="cls+mean", size=224, resize="shorter_256_crop_224", augment="crop_flip", dtype="bf16", candidates=26, selected_on="val")),
+    Protocol("probe_trunk_dinov2", ("probe",), _probe | dict(tap="trunk", pool="cls+mean", size=224, resize="shorter_256_crop_224", augment="crop_flip", dtype="bf16", candidates=26, candidate_blocks="1-4", selected_on="val")),
     Protocol("zero_shot_squash256", ("zero_shot", "zero_shot_top5"), _val | dict(resize="squash", classes=1000, prompts="openai80", dtype="bf16")))}
 
 # %% ../../nbs/70_protocol.ipynb #e140ee32
@@ -97,7 +104,7 @@ _SAID = {     # field → (how it stands in a name, the value that goes without 
     "dit": ("_dit{}", None), "sampler": ("_{}", None), "steps": ("{}", None), "shift": ("_s{}", 0), "guidance": ("_w{}", 1),
     "interval": ("_in{}", "0-1"), "channels": ("_{}", "all"), "control": ("_{}wide", "sample"), "labels": ("_{}", "uniform"), "resize": ("_{}", None), "captions": ("_{}_caption", None),
     "dtype": ("_{}", "fp32"), "encode_dtype": ("_{}", "fp32"), "decode_dtype": ("_decode_{}", "fp32"), "quantise": ("_{}", "truncate"), "extractor": ("_{}", "inception"), "augment": ("_{}", "none"), "probe_steps": ("_{}", None), "probe_batch": ("x{}", None),
-    "standardise": ("_standardised", False), "selected_on": ("_best_on_{}", "train_tenth")}
+    "standardise": ("_standardised", False), "candidate_blocks": ("_blocks{}", "1-4"), "selected_on": ("_best_on_{}", "train_tenth")}
 
 def named(card:dict) -> str:
     "The published name if every fixed field of that protocol agrees, else a systematic name of the card's own. Raises ValueError without metric, images and reference."
@@ -161,6 +168,29 @@ def compare(a, b) -> dict:
     return {"metric": a["metric"], "protocol": a["protocol"], "first": a["value"], "second": b["value"], "difference": a["value"] - b["value"], "overlap": overlap, "better": verdict}
 
 # %% ../../nbs/70_protocol.ipynb #559a1ef7
+def check_samples(reader, **asked:int|None):
+    "Raise ValueError if more samples (`field=number`, None: all) are asked for than the source has."
+    for field, samples in asked.items():
+        if samples is not None and not 0 < samples <= len(reader): raise ValueError(f"{field}={samples}, but the source has {len(reader)}: ask for 1 … {len(reader)}")
+
+def check_memory(what:str, size:int, advice:str):
+    "Raise ValueError if `size` bytes are more than this machine's memory."
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > have: raise ValueError(f"{what} would take {size:,} bytes on each rank, this machine has {have:,}: {advice}")
+
+def tokenizer_of(job):
+    "The config of the tokenizer that a job trains, tunes or generates for."
+    while hasattr(job, "latents"): job = job.latents.of.job
+    return job.tokenizer
+
+def trained_card(job) -> dict:
+    "What the card says of a generator's training: its latents, law of t, average and precision; nothing for a job that trains none."
+    if not hasattr(job, "latents"): return {}
+    latents, flow, samples = job.latents, job.flow, job.latents.samples
+    said = data_name(latents.data.open()), samples and f"first {samples}", latents.resize, latents.dtype, "mirrored" if latents.flips else "not mirrored"
+    return dict(dit_data=" ".join(filter(None, said)), flow=f"logit-normal({flow.mu:g}, {flow.sigma:g}) cosine {flow.cosine:g}", ema=job.ema, dit_dtype=job.dtype)
+
+# %% ../../nbs/70_protocol.ipynb #482e51ea
 @dataclass(frozen=True)
 class Evaluate(Job):
     "Measure one checkpoint with some evaluators; their rows plus what the checkpoint is: step, seed and budgets of its training."
@@ -174,17 +204,43 @@ class Evaluate(Job):
 
     def check(self):
         "Whatever an evaluator would find missing after hours of training is found before."
+        trained_card(self.of.job)
         for evaluator in self.evaluators: evaluator.check(self.of.job)
 
     def label(self) -> str: return self.of.job.label()
 
     def __call__(self, run:Run) -> bool:
+        "Measure from the first evaluator that is not complete; False if stopped between two of them."
         where, step = device(run.machine.device), self.of.step or self.of.job.steps
-        if is_main(): run.rewind(None)
-        model, about = self.of.load(where), {**stamp(where), "step": step, "train_seed": self.of.job.seed, **self.of.spent()}
-        with progress(len(self.evaluators), what=run.path.name, unit="evaluator") as bar, torch.random.fork_rng():
-            for evaluator in self.evaluators:
+        done = gather_objects(_complete(run) if is_main() else None)[0]
+        if done == len(self.evaluators): return True
+        about = {**stamp(where), "step": step, "train_seed": self.of.job.seed, **self.of.spent(), **trained_card(self.of.job)}
+        model = self.of.load(where)
+        with stop_signal() as stop, progress(len(self.evaluators), done, what=run.path.name, unit="evaluator") as bar, torch.random.fork_rng():
+            for evaluator in self.evaluators[done:]:
                 for found in evaluator.rows(model, where):
-                    if is_main(): run.log({**found, **about})
+                    if is_main(): run.log({**found, **about} | found)         # of what both say an evaluator knows better: another decoder's budget
+                done += 1
+                if is_main(): _completed(run, done)
                 bar.update()
+                if any_rank(bool(stop))[0] and done < len(self.evaluators): return False     # the same answer on all ranks
         return True
+
+# %% ../../nbs/70_protocol.ipynb #04660513
+def _complete(run:Run) -> int:
+    "How many evaluators' rows are whole; cuts `metrics.jsonl` back to these."
+    mark, rows = run.path / "complete.json", run.path / "metrics.jsonl"
+    state = json.loads(mark.read_text()) if mark.exists() else {"evaluators": 0, "bytes": 0}
+    if not state["evaluators"] or not rows.exists() or rows.stat().st_size < state["bytes"]:
+        mark.unlink(missing_ok=True)
+        run.rewind(None)
+        return 0
+    os.truncate(rows, state["bytes"])
+    return state["evaluators"]
+
+def _completed(run:Run, evaluators:int):
+    "Note, durably and after their rows, that so many evaluators are done."
+    rows = run.path / "metrics.jsonl"
+    rows.touch()
+    sync(rows)
+    write_text(run.path / "complete.json", json.dumps({"evaluators": evaluators, "bytes": rows.stat().st_size}))

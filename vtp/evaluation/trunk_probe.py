@@ -18,8 +18,8 @@ from PIL import Image
 from ..data.augment import CropConfig, random_crops
 from ..data.samples import Bad, mix
 from ..dist import rank, sum_ranks, world
-from .linear_probe import LEARNING_RATES, Heads, cache, classes_of, features, score, start_of
-from .protocol import data_name, row
+from .linear_probe import LEARNING_RATES, Heads, cache, classes_of, features, score, start_of, width_of
+from .protocol import check_samples, data_name, row, tokenizer_of
 from .reconstruction import frozen, percent, precision
 from ..interfaces import Evaluator
 from ..job import progress
@@ -83,12 +83,15 @@ class TrunkProbe(Evaluator):
 
     def __post_init__(self):
         precision(self.dtype, "cpu")
-        if min(self.epochs, self.epoch_steps, self.batch) < 1: raise ValueError(f"epochs={self.epochs}, epoch_steps={self.epoch_steps} and batch={self.batch} must be at least 1")
+        if min(self.epochs, self.epoch_steps, self.batch, self.encode_batch) < 1: raise ValueError(f"epochs={self.epochs}, epoch_steps={self.epoch_steps}, batch={self.batch} and encode_batch={self.encode_batch} must be at least 1")
+        if not self.blocks: raise ValueError("blocks is empty: name how many of the last blocks are read, (1, 4) as DINOv2 does")
         if self.resize < self.size: raise ValueError(f"resize={self.resize} leaves no {self.size} pixels to crop: use at least {self.size}")
 
     def check(self, job):
-        "Raises ValueError if the sources are not labelled alike, FileNotFoundError if they are not there."
-        classes_of(self.train.open(), self.val.open())
+        "Raises ValueError for sources not labelled alike, more samples than there are, blocks that the trunk lacks or a size that it can't see; FileNotFoundError for sources that are not there."
+        classes_of(self.train.open(), val := self.val.open())
+        check_samples(val, val_samples=self.val_samples)
+        width_of(tokenizer_of(job), self.size, "trunk", "cls+mean", max(self.blocks))
 
     def rows(self, model, device):
         "Rows {metric, value, low, high, chance, images, skipped, learning_rate, blocks, epoch, card…}, the same on every rank."
@@ -97,7 +100,7 @@ class TrunkProbe(Evaluator):
             unknown = cache(lambda images: self._features(model.tokenizer, images), val, self.val_samples, self.encode_batch, self.size, device, lambda images, size: resize_crop(images, size, self.resize))
             trials, skipped = self._train(model.tokenizer, train, unknown, classes, device)
         card = dict(tap="trunk", pool="cls+mean", reference=data_name(val), train_reference=data_name(train), train_images=len(train), resize=f"shorter_{self.resize}_crop_{self.size}", size=self.size, augment="crop_flip" if self.scale == (.08, 1.) else f"crop{self.scale[0]:g}-{self.scale[1]:g}_flip",
-                    dtype=self.dtype, classes=classes, probe_steps=self.epochs * self.epoch_steps, probe_batch=self.batch, standardise=False, candidates=len(LEARNING_RATES) * len(self.blocks))
+                    dtype=self.dtype, classes=classes, probe_steps=self.epochs * self.epoch_steps, probe_batch=self.batch, standardise=False, candidates=len(LEARNING_RATES) * len(self.blocks), candidate_blocks=self.blocks)
         for selected_on, right, best in chosen(trials):
             numbers = {**percent(right, len(unknown.labels)), "chance": 100 / classes, "skipped": skipped + unknown.skipped, "seed": self.seed}
             yield row("probe", {**numbers, **{k: best[k] for k in ("learning_rate", "blocks", "epoch")}}, device, **card, selected_on=selected_on)
@@ -120,7 +123,9 @@ def _step_features(self, tokenizer, images, good, labels, device) -> tuple[torch
     width = (max(self.blocks) + 1) * tokenizer.width("trunk")
     table, truth = torch.zeros(self.batch, width, device=device), torch.zeros(self.batch, dtype=torch.int64, device=device)
     places = torch.as_tensor(share(self.batch)[good], device=device)
-    for at, part in zip(places.split(self.encode_batch), images.split(self.encode_batch)): table[at] = self._features(tokenizer, part.to(device).float() / 255)
+    for start in range(0, len(places), self.encode_batch):     # not once if none of this rank's images could be read
+        part = slice(start, start + self.encode_batch)
+        table[places[part]] = self._features(tokenizer, images[part].to(device).float() / 255)
     truth[places] = 1 + labels.to(device)
     table, truth = sum_ranks(table), sum_ranks(truth)          # 0: could not be read
     return table[truth > 0], truth[truth > 0] - 1

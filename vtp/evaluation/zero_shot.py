@@ -20,7 +20,7 @@ from ..config import added
 from ..data.imagenet import imagenet_classes, openai_templates, prompts
 from ..dist import sum_ranks
 from .fid import walk
-from .protocol import data_name, row
+from .protocol import check_samples, data_name, row
 from .reconstruction import frozen, load, percent, precision
 from ..interfaces import Evaluator
 from ..text import bpe, cut
@@ -47,8 +47,13 @@ class TextMeasure(Evaluator):
     def __post_init__(self): precision(self.dtype, "cpu")
 
     def check(self, job):
-        "Raises ValueError if the job trains no text tower."
-        need_text(job.weights)
+        "Raises ValueError if the job trains no text tower, or the source lacks what is asked of it; FileNotFoundError if it is not there."
+        need_text([objective.name for objective in getattr(job, "objectives", ())])
+        check_samples(reader := self.data.open(), samples=self.samples)
+        self.need(reader)
+
+    def need(self, reader):
+        "Raise ValueError if a reader lacks what this measure asks of every sample."
 
 def text_features(clip:nn.Module, texts:list[str], device) -> torch.Tensor:
     "Features (B, D) of length one, fp32."
@@ -78,8 +83,7 @@ class ZeroShot(TextMeasure):
     def rows(self, model, device):
         "Rows {metric, value, low, high, chance, images, skipped, card…}; top-5 only with more than 5 classes."
         clip, reader, size = _contrast(model), self.data.open(), model.tokenizer.image_size
-        if not (reader.labelled and reader.classes and reader.templates):
-            raise ValueError("zero-shot needs labels, class names and templates: use a labelled source that has them")
+        self.need(reader)
         totals = torch.zeros(3, dtype=torch.float64, device=device)          # top-1, top-5, skipped
         with frozen(model):
             with precision(self.dtype, device): directions = text_classifier(clip, reader.classes, reader.templates, device)
@@ -97,6 +101,10 @@ class ZeroShot(TextMeasure):
         for metric, right, k in (("zero_shot", top1, 1), ("zero_shot_top5", top5, 5)):
             if k == 1 or n > k: yield row(metric, {**percent(right, images), "chance": 100 * k / n, "skipped": int(skipped)}, device, **card)
 
+    def need(self, reader):
+        "Labels, class names and templates."
+        if not (reader.labelled and reader.classes and reader.templates): raise ValueError("zero-shot needs labels, class names and templates: use a labelled source that has them")
+
 def prompts_name(classes:tuple[str, ...], templates:tuple[str, ...]) -> str:
     "`openai80:hash` of OpenCLIP's names of ImageNet's classes in OpenAI's 80 templates, `own<templates>:hash` of any others."
     found = hashlib.sha256(json.dumps([classes, templates]).encode()).hexdigest()[:10]
@@ -109,7 +117,7 @@ class Retrieval(TextMeasure):
     def rows(self, model, device):
         "Four rows {metric, value, low, high, chance, images, skipped, card…}: image_to_text_R@1, R@5, text_to_image_R@1, R@5."
         clip, reader, size = _contrast(model), self.data.open(), model.tokenizer.image_size
-        if not reader.captioned: raise ValueError("retrieval needs captions: use a captioned source")
+        self.need(reader)
         samples = self.samples or len(reader)
         with frozen(model):
             table = torch.zeros(2, samples, clip.text.config.dim, device=device)   # images and texts; a bad sample stays 0
@@ -125,6 +133,10 @@ class Retrieval(TextMeasure):
             found = [(f"{way}_R@{k}", recall(queries, gallery, k), k) for way, queries, gallery in ways for k in (1, 5)]
         card = dict(reference=data_name(reader), resize="squash", size=size, captions="one", dtype=self.dtype)
         for metric, right, k in found: yield row(metric, {**percent(right, n), "chance": 100 * min(1, k / n), "skipped": samples - n}, device, **card)
+
+    def need(self, reader):
+        "Captions."
+        if not reader.captioned: raise ValueError("retrieval needs captions: use a captioned source")
 
     def _both(self, clip, tokenizer, images, captions):
         "Features (2, B, D) of images and their captions."
