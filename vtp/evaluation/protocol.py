@@ -43,13 +43,13 @@ CARD = {
 }
 
 # %% ../../nbs/70_protocol.ipynb #46780e47
-IMAGENET_VAL = "4e82e9ce5b"    # digest of 1000 WordNet folders with ILSVRC2012_val_00000001.JPEG … 00050000.JPEG where they belong
+IMAGENET_VAL = "4e82e9ce5b"    # listing of 1000 WordNet folders with ILSVRC2012_val_00000001.JPEG … 00050000.JPEG where they belong
 
 def data_name(reader) -> str:
     "`kind:hash` of a reader's data: `imagenet_val:…`, `imagenet_train:…`, `folder:…`, `shards:…`, `shapes:…`."
     kind = type(reader).__name__.removesuffix("Reader").lower()
     if kind == "shard": kind = "shards"
-    if isinstance(reader, FolderReader) and reader.digest == IMAGENET_VAL: kind = "imagenet_val"
+    if isinstance(reader, FolderReader) and reader.listing == IMAGENET_VAL: kind = "imagenet_val"
     if isinstance(reader, FolderReader) and _is_train(reader): kind = "imagenet_train"
     return f"{kind}:{reader.digest}"
 
@@ -90,7 +90,7 @@ _generation = "gFID", "IS", "precision", "recall"
 
 PROTOCOLS = {p.name: p for p in (
     Protocol("rfid_val50k", ("rFID",), _pixels | _features),
-    Protocol("rpsnr_val50k", ("rPSNR",), _pixels), Protocol("ssim_val50k", ("SSIM",), _pixels), Protocol("lpips_val50k", ("LPIPS",), _pixels),
+    Protocol("rpsnr_val50k", ("rPSNR",), _pixels), Protocol("ssim_val50k", ("SSIM",), _pixels), Protocol("lpips_val50k", ("LPIPS",), _pixels | dict(extractor="LPIPS-VGG")),
     Protocol("gfid10k_b_dopri5", _generation, _dopri5 | dict(control="sample")),
     Protocol("gfid10k_b_dopri5_batchwide", _generation, _dopri5 | dict(control="batch")),
     Protocol("gfid50k_xl_euler250_s0.075", _generation, _adm | dict(images=50_000, dit="XL/1", sampler="euler", steps=250, shift=.075)),
@@ -115,8 +115,9 @@ def _own_name(card:dict) -> str:
     "Metric and number of images, then what the card says beyond the usual."
     plain = lambda value: re.sub(r"[^A-Za-z0-9.+-]+", "_", re.sub(r"\(.*\)", "", str(value).partition(":")[0])).strip("_")
     said = [plain(card["metric"]).replace("-", "_").lower(), *(f"_{plain(card[k])}" for k in ("tap", "pool") if k in card), "" if "dit" in card else f"_{plain(card['reference'])}", str(card["images"])]
+    twice = "extractor" if plain(card.get("extractor", "")) in (plain(card["metric"]), "LPIPS-VGG") else ""      # the metric says it
     for field, (text, usual) in _SAID.items():
-        if card.get(field, usual) != usual and str(card[field]).partition(":")[0] != usual: said.append(text.format(plain(str(card[field]).replace("/", ""))))
+        if field != twice and card.get(field, usual) != usual and str(card[field]).partition(":")[0] != usual: said.append(text.format(plain(str(card[field]).replace("/", ""))))
     return "".join(said)
 
 # %% ../../nbs/70_protocol.ipynb #70388d32

@@ -20,7 +20,7 @@ from ..config import added
 from ..data.samples import Bad
 from ..dist import sum_ranks
 from .fid import QUANTISE, Seen, Stats, distance_name, frechet, halves, interval, quantise, walk
-from .protocol import data_name, row
+from .protocol import check_samples, data_name, row, tokenizer_of
 from ..interfaces import Evaluator, Tokenizer
 from ..perceptual import LPIPS, PerceptualConfig, perceptual
 
@@ -135,8 +135,9 @@ class ReconstructionQuality(Evaluator):
 
     def check(self, job):
         "Raises FileNotFoundError if the weights of LPIPS or of the extractor, or the images, are missing; ValueError for images the extractor can't see."
-        self.data.open(), perceptual(self.perceptual)
-        if self.extractor: self.extractor.build()(torch.zeros(1, 3, job.tokenizer.image_size, job.tokenizer.image_size, dtype=torch.uint8))
+        check_samples(self.data.open(), samples=self.samples)
+        perceptual(self.perceptual)
+        if self.extractor: self.extractor.build()(torch.zeros(1, 3, *[tokenizer_of(job).image_size] * 2, dtype=torch.uint8))
 
     def rows(self, model, device):
         "Rows {metric, value, low, high, images, skipped, card…}: rPSNR, SSIM, LPIPS or its stand-in, colour_shift (with the signed red, green, blue), rFID or rFD. The same on each rank."
