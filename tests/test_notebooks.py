@@ -39,7 +39,7 @@ def test_nbs(path):
     assert run_nb(path, skip_flags=get_config().tst_flags.split(), basepath=ROOT)[0]
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
 def test_experiments(path, tmp_path):
     papermill.execute_notebook(path, tmp_path / path.name, dict(scale="smoke"), kernel_name="python3", cwd=tmp_path, progress_bar=False)
