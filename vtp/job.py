@@ -151,9 +151,15 @@ def _begin(jobs:int):
     mine = max(1, len(os.sched_getaffinity(0)) // jobs)
     os.environ["OMP_NUM_THREADS"] = str(min(mine, int(os.environ.get("OMP_NUM_THREADS", mine))))
 
+def _urgent(todo:list[Job]) -> list[Job]:
+    "The jobs, inputs first, with those in front on which the longest chain of others waits."
+    behind = {}
+    for job in reversed(todo): behind[digest(job)] = 1 + max((behind[digest(user)] for user in todo if job in inputs(user)), default=0)
+    return sorted(todo, key=lambda job: -behind[digest(job)])
+
 def _together(todo:list[Job], machine:Machine):
     "Run each job once its inputs are done, `machine.jobs` at a time, in processes that serve one job after the other."
-    waiting, running = list(todo), {}
+    waiting, running = _urgent(todo), {}
     with ProcessPoolExecutor(min(machine.jobs, len(todo)), multiprocessing.get_context("spawn"), _begin, (machine.jobs,)) as pool:
         while waiting or running:
             for job in [job for job in waiting if not any(one in waiting or one in running.values() for one in inputs(job))]:
