@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import HERE, job, rec
+from tiny import HERE
 
 import vtp.generation.train as package
 from vtp.data.pairs import Shards

@@ -7,7 +7,6 @@ __all__ = ['SIZES', 'DiTConfig', 'size', 'sincos', 'rope', 'turn', 'TimeEmbedder
            'SwiGLU', 'Block', 'FinalLayer', 'PatchEmbed', 'DiT', 'build', 'from_reference']
 
 # %% ../../nbs/61_dit.ipynb #6fa48caa
-import math
 from dataclasses import dataclass
 
 import torch

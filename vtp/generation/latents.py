@@ -24,7 +24,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 from einops import rearrange
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
 from ..data.augment import RESIZE
