@@ -10,7 +10,6 @@ __all__ = ['TAILS', 'ENCODERS', 'DECODERS', 'LAWS', 'Tail', 'finetune', 'latents
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from .evaluation.extractors import Inception, ShapesEvaluator
 from .evaluation.generation import GenerationQuality
 from .evaluation.protocol import Evaluate
 from .finetune_decoder import FinetuneDecoder
@@ -36,7 +35,6 @@ class Tail:
     train:dict                    # fields of TrainDiT
     budgets:tuple[int, ...]       # DiT steps after which samples are judged
     generation:dict               # fields of GenerationQuality
-    extractor:object              # of rFD or rFID
 
 _small = OptimConfig(1e-3, weight_decay=.05, warmup_steps=20)
 _constant = OptimConfig(1e-3, (.9, .95), 1e-8, 0., 20, 1., 5.)      # the paper's, but for the rate, a short warm-up, and clipping: see Train DiT on the first step
@@ -47,20 +45,20 @@ TAILS = dict(
     smoke=Tail(dict(steps=40, optim=_small, optim_discriminator=_small, adversarial=_gan(16, 1), ema=.9, dtype="fp32", log_every=20), 32,
                dict(samples=2048, batch=128, shard=1024, dtype="fp32"), dict(width=48, depth=2, heads=3),
                dict(steps=100, batch=64, optim=_constant, ema=.97, dtype="fp32", log_every=25), (50, 100),
-               dict(samples=500, reference_samples=2000, sampler=SamplerConfig(steps=25), batch=250, labels="balanced", dtype="fp32", bootstrap=20), ShapesEvaluator()),
+               dict(samples=500, reference_samples=2000, sampler=SamplerConfig(steps=25), batch=250, labels="balanced", dtype="fp32", bootstrap=20)),
     cpu=Tail(dict(steps=150, optim=_small, optim_discriminator=_small, adversarial=_gan(32, 1), ema=.95, dtype="fp32", log_every=25), 64,
              dict(samples=20_000, batch=256, shard=5000, dtype="fp32"), dict(width=64, depth=4, heads=4),
              dict(steps=600, batch=128, optim=_constant, ema=.99, dtype="fp32", log_every=50), (200, 600),
-             dict(samples=2000, reference_samples=4000, sampler=SamplerConfig(steps=25), batch=500, labels="balanced", dtype="fp32", bootstrap=20), ShapesEvaluator()),
+             dict(samples=2000, reference_samples=4000, sampler=SamplerConfig(steps=25), batch=500, labels="balanced", dtype="fp32", bootstrap=20)),
     mini=Tail(dict(steps=1000, optim=replace(_small, lr=5e-4, warmup_steps=100), optim_discriminator=replace(_small, lr=5e-4, warmup_steps=100), adversarial=_gan(64, 2), ema=.99, log_every=50), 512,
               dict(samples=200_000, batch=1024, shard=20_000), dict(width=256, depth=8, heads=4),
               dict(steps=4000, batch=512, optim=replace(_constant, warmup_steps=100), ema=.999, log_every=100), (1000, 4000),
-              dict(samples=10_000, reference_samples=50_000, sampler=SamplerConfig(steps=50), batch=1000, labels="balanced", dtype="bf16"), ShapesEvaluator()),
+              dict(samples=10_000, reference_samples=50_000, sampler=SamplerConfig(steps=50), batch=1000, labels="balanced", dtype="bf16")),
     paper=Tail(dict(steps=40_000, optim=OptimConfig(2e-4, weight_decay=0., warmup_steps=2500, final=.1, clip=None), optim_discriminator=OptimConfig(2e-4, (.5, .9), weight_decay=0., warmup_steps=0, final=.1, clip=None),
                     adversarial=Adversarial(), ema=.998, log_every=100), 512,
                dict(batch=256), {k: SIZES["B/1"][k] for k in ("width", "depth", "heads")},
                dict(steps=100_000, flow=FlowConfig(-.75, 1.), log_every=100), (100_000,),
-               dict(samples=10_000, sampler=SamplerConfig("dopri5"), reference="data/VIRTUAL_imagenet256_labeled.npz", batch=256, labels="uniform", quantise="truncate", dtype="fp32"), Inception()))
+               dict(samples=10_000, sampler=SamplerConfig("dopri5"), reference="data/VIRTUAL_imagenet256_labeled.npz", batch=256, labels="uniform", quantise="truncate", dtype="fp32")))
 
 # %% ../nbs/80a_chains.ipynb #c357cc9b
 def finetune(job:Pretrain, scale:str) -> FinetuneDecoder:
@@ -100,7 +98,7 @@ class Chain(NamedTuple):
 def chain(job:Pretrain, val, scale:str, flow:FlowConfig|None=None, extractor=None) -> Chain:
     "Everything behind `job` at `scale`, measured on `val`; `launch(*chain.measures)` runs it. `flow`, `extractor`: others than the scale's."
     tail, tuned, generator = TAILS[scale], finetune(job, scale), dit(job, scale, flow)
-    judge = GenerationQuality(extractor=extractor or tail.extractor, decoder=At(tuned), seed=job.seed, **_reference(tuned.pairs, tail))
+    judge = GenerationQuality(extractor=extractor or SCALES[scale].rebuilt["extractor"], decoder=At(tuned), seed=job.seed, **_reference(tuned.pairs, tail))
     return Chain(job, measure(job, val, scale, extractor), tuned, Evaluate(At(tuned), (rebuilt(tuned, val, scale, extractor),)), generator,
                  tuple(Evaluate(At(generator, budget), (judge,)) for budget in tail.budgets))
 
