@@ -136,9 +136,10 @@ class FinetuneDecoder(Job):
         return model
 
     def spent(self, step:int|None=None) -> dict[str, float]:
-        "The first stage's budget and this one's: FLOPs of both, `decoder_samples` of this stage."
+        "The first stage's budget and this one's: `flops` of both (`decoder_flops` of this one where the first's are not known), `decoder_samples` of this stage."
         before, done = self.of.spent(), self.steps if step is None else step
-        return {**before, "decoder_samples": before.get("decoder_samples", 0) + done * self.batch, "flops": before["flops"] + cost(self).flops(done)}
+        own, known = cost(self).flops(done), "flops" in before                         # of a release nobody knows what it has cost
+        return {**before, "decoder_samples": before.get("decoder_samples", 0) + done * self.batch, "flops" if known else "decoder_flops": before.get("flops", 0) + own}
 
 # %% ../nbs/52_finetune_decoder.ipynb #2b70953a
 class Players(NamedTuple):
@@ -155,18 +156,24 @@ def _adversarial(decoded, at_rec, at_gan, players:Players, config:Adversarial) -
     unwrap(players.discriminator).refused += ~finite
     return alpha, torch.where(finite, alpha * at_gan, 0.)
 
+@torch.no_grad()
+def _clean(tokenizer:Tokenizer, z:torch.Tensor) -> torch.Tensor:
+    "What the decoder makes of the latents themselves: a discriminator is not shown noise that no sample has (RAE)."
+    return tokenizer.decode(z)
+
 def play(players:Players, image:torch.Tensor, numbers_of, config:"FinetuneDecoder", weight:float, judged:bool) -> dict[str, torch.Tensor]:
     """Gradients of both players for images (B, 3, H, W) in [0, 1]; `numbers_of(use)` gives random numbers (B, 10).
 
     The decoder hears of the discriminator where `weight` > 0, the discriminator learns where `judged`."""
-    tokenizer, discriminator, rec = unwrap(players.decoder).tokenizer, unwrap(players.discriminator).eval(), config.rec
+    tokenizer, discriminator = unwrap(players.decoder).tokenizer, unwrap(players.discriminator).eval()
     amp = torch.autocast(image.device.type, torch.bfloat16) if config.dtype == "bf16" and not image.is_meta else nullcontext()
     with amp:
         with torch.no_grad(): z = tokenizer.encode(image)
-        decoded = players.decoder(z).to(image.dtype)
+        perturbed = tokenizer.perturb(z)
+        decoded = players.decoder(perturbed).to(image.dtype)
         seen = decoded.detach().requires_grad_()
         terms = players.rec.terms(seen, image)
-        loss = rec.weight * (terms["l1"] + rec.perceptual_weight * terms["perceptual"] + rec.mse * terms["mse"])
+        loss = config.rec.weight * players.rec.total(terms)
         if weight: terms["generator"] = discriminator.generator(seen, numbers_of(2))
     gradient, = torch.autograd.grad(loss, seen)
     if weight:
@@ -177,7 +184,9 @@ def play(players:Players, image:torch.Tensor, numbers_of, config:"FinetuneDecode
     decoded.backward(gradient)
     if judged:
         discriminator.train()
-        with amp: verdict = players.discriminator(image, seen.detach(), numbers_of(0), numbers_of(1))
+        with amp:
+            fake = seen.detach() if perturbed is z else _clean(tokenizer, z).to(image.dtype)
+            verdict = players.discriminator(image, fake, numbers_of(0), numbers_of(1))
         verdict["discriminator"].backward()
         terms |= verdict
     return {k: v.detach() for k, v in {"loss": loss, **terms}.items()}

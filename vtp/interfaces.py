@@ -21,6 +21,7 @@ class Tokenizer(nn.Module):
     image_size:int                   # side of the square images it is trained on
     latent_shape:tuple[int, int, int]  # (C, h, w) at that size
     decoding:ClassVar[tuple[str, ...]] = ("decoder.",)   # how the names of those parameters begin that only `decode` uses
+    taps:ClassVar[tuple[str, ...]] = ("latent",)         # where features can be read: "latent" (what `encode` gives), "trunk" (a ViT's tokens)
 
     def encode(self, image:torch.Tensor) -> torch.Tensor:
         "(B, 3, H, W) in [0, 1] → z (B, C, h, w)"
@@ -33,6 +34,22 @@ class Tokenizer(nn.Module):
     def forward(self, image:torch.Tensor) -> torch.Tensor:
         "The reconstruction of `image`."
         return self.decode(self.encode(image))
+
+    def perturb(self, z:torch.Tensor) -> torch.Tensor:
+        "What a decoder is trained on in the place of z: z itself, unless a tokenizer wants its decoder to forgive noise."
+        return z
+
+    def width(self, tap:str) -> int:
+        "Channels of the tokens at `tap`. Raises ValueError for a tap that this tokenizer does not have."
+        raise ValueError(f"{type(self).__name__} has no tokens at tap {tap!r}: only a tokenizer with a ViT trunk serves objectives and probes that read tokens")
+
+    def embed(self, images, tap:str="trunk", **options):
+        "Images (B, 3, H, W) in [0, 1], or a list of several sizes → `vtp.vit.Tokens` (cls, registers, patches) at `tap`, or a list of them."
+        self.width(tap)
+
+    def intermediate(self, images:torch.Tensor, n:int) -> list:
+        "Images (B, 3, H, W) in [0, 1] → `vtp.vit.Tokens` after each of the last `n` blocks of the trunk, oldest first, all normed (linear probes)."
+        self.width("trunk")
 
     def encoder_hash(self) -> str:
         "Ten hexadecimal digits over all weights and buffers that `encode` uses: latents belong to the encoder that made them, whatever decodes them."

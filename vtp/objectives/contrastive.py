@@ -111,6 +111,10 @@ class ContrastiveLoss(Objective):
         "Class tokens (b, width) at the tap → unit features (b, dim), fp32 or wider."
         return _fp32_unit(self.visual_proj(cls))
 
+    def tokenise(self, texts:list[str]) -> torch.Tensor:
+        "Captions → ids (b, n) int64 as `text_features` reads them, cut at the longest."
+        return cut(bpe(texts, self.config.text.context))
+
     def text_features(self, ids:torch.Tensor) -> torch.Tensor:
         "(b, n) int64 → unit features (b, dim), fp32 or wider."
         return _fp32_unit(self.text(ids))

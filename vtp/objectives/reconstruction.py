@@ -43,6 +43,7 @@ class Reconstruction(ObjectiveConfig):
 
     def build(self, tokenizer:Tokenizer) -> "ReconstructionLoss":
         if self.crop.size != tokenizer.image_size: raise ValueError(f"rec: crop.size={self.crop.size} must be the tokenizer's image_size, {tokenizer.image_size}")
+        if self.drop and "trunk" not in tokenizer.taps: raise ValueError(f"rec: drop={self.drop}, but {type(tokenizer).__name__} has no stochastic depth: leave it at 0")
         return ReconstructionLoss(self)
 
 # %% ../../nbs/32_reconstruction.ipynb #b1c54be2
@@ -56,11 +57,15 @@ class ReconstructionLoss(Objective):
     def forward(self, tokenizer:Tokenizer, batch:dict[str, torch.Tensor]) -> torch.Tensor:
         "batch['image'] (B, 3, H, W) in [0, 1] → scalar. batch['z'], if there, is its latent: the encoder need not run again."
         image, config = batch["image"], self.config
-        z = batch["z"] if "z" in batch else tokenizer.encode(image, drop=config.drop)
-        decoded = tokenizer.decode(z).to(image.dtype)
+        z = batch["z"] if "z" in batch else tokenizer.encode(image, **({"drop": config.drop} if config.drop else {}))
+        decoded = tokenizer.decode(tokenizer.perturb(z) if self.training else z).to(image.dtype)
         terms = self.terms(decoded, image)
         self.monitor = {**{k: v.detach() for k, v in terms.items()}, "latent_std": z.detach().float().std()}
-        return terms["l1"] + config.perceptual_weight * terms["perceptual"] + config.mse * terms["mse"]
+        return self.total(terms)
+
+    def total(self, terms:dict[str, torch.Tensor]) -> torch.Tensor:
+        "The weighted sum of `terms`."
+        return terms["l1"] + self.config.perceptual_weight * terms["perceptual"] + self.config.mse * terms["mse"]
 
     def terms(self, decoded:torch.Tensor, image:torch.Tensor) -> dict[str, torch.Tensor]:
         "The three distances between (B, 3, H, W) images in [0, 1], each a scalar; means over pixels, channels and images."

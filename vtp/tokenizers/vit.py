@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import nn
 
 from ..interfaces import Tokenizer
-from ..vit import Blocks, Tokens, ViT, ViTConfig, size
+from ..vit import SIZES, Blocks, Tokens, ViT, ViTConfig, size
 
 # %% ../../nbs/31_tokenizer.ipynb #8bc2497b
 @dataclass(frozen=True)
@@ -34,6 +34,11 @@ class ViTTokenizerConfig:
 
     @property
     def name(self) -> str: return f"f{self.trunk.patch}d{self.latent}"
+    @property
+    def label(self) -> str:
+        "The trunk's size by name, and d."
+        known = (n for n, s in SIZES.items() if all(getattr(self.trunk, k) == v for k, v in s.items()))
+        return f"{next(known, f'{self.trunk.width}x{self.trunk.depth}')}-d{self.latent}"
     @property
     def grid(self) -> int: return self.image_size // self.trunk.patch
 
@@ -99,6 +104,8 @@ class PixelDecoder(Blocks):
 # %% ../../nbs/31_tokenizer.ipynb #af630f9c
 class ViTTokenizer(Tokenizer):
     "Encoder and pixel decoder under the contract of every tokenizer."
+    taps = ("trunk", "latent")
+
     def __init__(self, config:ViTTokenizerConfig):
         super().__init__()
         self.config, self.image_size = config, config.image_size
@@ -107,11 +114,16 @@ class ViTTokenizer(Tokenizer):
 
     def width(self, tap:str) -> int:
         "Channels of the tokens at `tap`."
+        if tap not in self.taps: raise ValueError(f"tap {tap!r} must be one of {', '.join(self.taps)}")
         return {"trunk": self.config.trunk.width, "latent": self.config.latent}[tap]
 
     def embed(self, images, tap:str="trunk", **options) -> Tokens|list[Tokens]:
         "The encoder's tokens at `tap`; see `Encoder.embed`."
         return self.encoder.embed(images, tap, **options)
+
+    def intermediate(self, images:torch.Tensor, n:int) -> list[Tokens]:
+        "Tokens after each of the last `n` blocks, normed; images (B, 3, H, W) in [0, 1]."
+        return self.encoder.trunk.intermediate(self.encoder.normalise(images), n)
 
     def encode(self, image:torch.Tensor, drop:float=0.) -> torch.Tensor:
         "(B, 3, H, W) in [0, 1] → z (B, d, H/p, W/p); any sides that are multiples of the patch"
