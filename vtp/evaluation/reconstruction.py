@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'frozen', 'load', 'psnr', 'ssim', 'moments', 'summary', 'percent', 'precision', 'roundtrip',
-           'colour_error', 'measures', 'paired', 'ReconstructionQuality', 'reconstruct']
+           'colour_error', 'measures', 'paired', 'ReconstructionQuality', 'reconstruct', 'per_image']
 
 # %% ../../nbs/72_reconstruction.ipynb #eebd5136
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from ..data.samples import Bad
 from ..dist import sum_ranks
 from .fid import QUANTISE, Seen, Stats, distance_name, frechet, halves, interval, quantise, walk
 from .protocol import check_samples, data_name, row, tokenizer_of
-from ..interfaces import Evaluator, Tokenizer
+from ..interfaces import Evaluator, Tokenizer, need_latent
 from ..perceptual import LPIPS, PerceptualConfig, perceptual
 
 # %% ../../nbs/72_reconstruction.ipynb #8143178a
@@ -135,6 +135,7 @@ class ReconstructionQuality(Evaluator):
 
     def check(self, job):
         "Raises FileNotFoundError if the weights of LPIPS or of the extractor, or the images, are missing; ValueError for images the extractor can't see."
+        need_latent(tokenizer_of(job))
         check_samples(self.data.open(), samples=self.samples)
         perceptual(self.perceptual)
         if self.extractor: self.extractor.build()(torch.zeros(1, 3, *[tokenizer_of(job).image_size] * 2, dtype=torch.uint8))
@@ -187,3 +188,12 @@ def reconstruct(tokenizer:Tokenizer, data, samples:int=8, device="cpu", resize:s
     images, _ = load(reader.read(chosen, reader.keys[chosen]), tokenizer.image_size, resize, device)
     with frozen(tokenizer): again = tokenizer(images).clamp(0, 1)
     return images.cpu(), again.cpu().clone()
+
+# %% ../../nbs/72_reconstruction.ipynb #3a57418d
+def per_image(images:torch.Tensor, again:torch.Tensor, distance:PerceptualConfig):
+    "A DataFrame with one row for each of the images (n, 3, H, W) in [0, 1] and its reconstruction: rPSNR, SSIM, the perceptual distance by its name, colour_shift, and the signed error of red, green and blue in levels of 255."
+    import pandas as pd
+    judge = perceptual(distance)
+    with torch.inference_mode(): found = measures(again.clamp(0, 1), images, judge)
+    near = "LPIPS" if judge.label == LPIPS else judge.label
+    return pd.DataFrame(found.numpy(), columns=["rPSNR", "SSIM", near, "colour_shift", "red", "green", "blue"]).rename_axis("image")
