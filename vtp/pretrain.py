@@ -87,6 +87,7 @@ class Pretrain(Job):
         check_source(self, source)
         if not source.captioned:
             for objective in self.objectives: objective.view([Pair(np.zeros((64, 64, 3), np.uint8), None, -1, "")] * 2, _draw(2))
+        for objective in self.objectives: objective.check()
         cost(self)
         if self.start:
             with torch.device("meta"): self.build("meta", self.start.job.build("meta").state_dict())

@@ -32,7 +32,7 @@ from ..data.batch_sampling import loader
 from ..data.samples import Bad, Reader
 from ..dist import alone, any_rank, barrier, device, gather_objects, is_main, rank, world
 from ..flops import count
-from ..interfaces import Tokenizer
+from ..interfaces import Tokenizer, need_latent
 from ..job import At, Job, load, progress, run_of
 from ..loop import check_source, prepare, stop_signal, to_device
 from ..run import Run, hash_file, sync, write_text
@@ -63,7 +63,9 @@ class CacheLatents(Job):
     def label(self) -> str: return self.of.job.label()
 
     def check(self):
+        "Raises ValueError for a tokenizer without latents, a checkpoint that is not kept or a source that is too small or too bad; FileNotFoundError for one that is not there."
         self.of.check()
+        need_latent(self.of.job.tokenizer)
         source = self.data.open()
         check_source(self, source)
         chosen(self, source)
