@@ -3,9 +3,10 @@ import math
 import signal
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from tiny import HERE, job, rec
+from tiny import HERE, TOKENIZER, job, rec
 
 import vtp.finetune_decoder as package
 from vtp.config import dumps, loads
@@ -13,7 +14,7 @@ from vtp.data.augment import CropConfig
 from vtp.data.shapes import Shapes
 from vtp.finetune_decoder import FinetuneDecoder, cost
 from vtp.job import At, inputs, launch, run_of
-from vtp.objectives.adversarial import DINO, Adversarial, DiffAugment, FeatureGAN, PatchGAN, Trunk
+from vtp.objectives.adversarial import DINO, Adversarial, DiffAugment, FeatureGAN, PatchGAN, Trunk, draws
 from vtp.optim import OptimConfig
 from vtp.perceptual import PerceptualConfig
 from vtp.run import write_checkpoint
@@ -315,3 +316,20 @@ def test_what_is_refused_before_training(tmp_path, monkeypatch):
 def test_other_weights_than_the_network_are_refused(tmp_path):
     torch.save({"patch_embed.proj.weight": torch.zeros(3)}, tmp_path / "other.pth")
     refuses(lambda: stage2(adversarial=gan(FeatureGAN(DINO(weights=str(tmp_path / "other.pth"))))), "are not the weights of vit_small_patch8_224.dino")
+
+
+@pytest.mark.parametrize("quantised", (False, True))
+def test_the_discriminator_sees_clean_reconstructions_as_a_file_holds_them(quantised):
+    "A decoder that is trained on perturbed latents is judged by what it makes of the latents themselves (RAE), in 256 levels if asked."
+    torch.manual_seed(0)
+    job = stage2(rec=rec(batch=4), adversarial=gan(augment=None, quantised=quantised))
+    tokenizer = TOKENIZER.build()
+    tokenizer.perturb = lambda z: z + 1.
+    players = package.Players(package.Decoder(tokenizer), job.adversarial.build(), job.rec.build(tokenizer))
+    shown, judge = [], players.discriminator.forward
+    players.discriminator.forward = lambda real, fake, *u: shown.append(fake) or judge(real, fake, *u)
+    image = torch.rand(4, 3, 16, 16)
+    with torch.no_grad(): clean = tokenizer(image)
+    package.play(players, image, lambda use: draws(0, np.arange(4), use), job, 0., True)
+    expected = (clean.clamp(0, 1) * 255).round() / 255 if quantised else clean
+    assert torch.allclose(shown[0], expected, atol=1e-6) and not torch.allclose(clean, tokenizer.decode(tokenizer.encode(image) + 1.), atol=1e-2)

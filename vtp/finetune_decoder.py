@@ -186,6 +186,7 @@ def play(players:Players, image:torch.Tensor, numbers_of, config:"FinetuneDecode
         discriminator.train()
         with amp:
             fake = seen.detach() if perturbed is z else _clean(tokenizer, z).to(image.dtype)
+            if config.adversarial.quantised: fake = fake.clamp(0, 1).mul(255).round().div(255)
             verdict = players.discriminator(image, fake, numbers_of(0), numbers_of(1))
         verdict["discriminator"].backward()
         terms |= verdict

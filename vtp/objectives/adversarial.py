@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from ..config import added
 from ..data.samples import mix, uniform
 from ..dist import gather, world
 from ..job import At
@@ -260,6 +261,7 @@ class Adversarial:
     start_generator:float = .1             # when the decoder begins to hear of it
     ramp:float = .1                        # over which fraction of training w grows to its value
     augment:DiffAugment|None = None
+    quantised:bool = added(False)          # D learns from reconstructions as a file holds them, in 256 levels (RAE)
 
     def __post_init__(self):
         if min(self.weight, self.eps, self.cap) <= 0: raise ValueError(f"Adversarial: weight={self.weight}, eps={self.eps} and cap={self.cap} must be positive")
