@@ -51,7 +51,7 @@ def decoding(generator, decoder:At|None, device):
         raise ValueError(f"decoder: its encoder is {theirs}, the latents are of {ours}; name a checkpoint that was made from the latents' tokenizer with the encoder frozen, or decoder=None")
     generator.tokenizer = other
     spent, before = decoder.spent(), _origin(decoder).spent()
-    try: yield {"decoder": decoder.job.kind, "decoder_run": digest(decoder.job), "decoder_samples": spent.get("decoder_samples", 0), "decoder_flops": spent["flops"] - before["flops"]}
+    try: yield {"decoder": decoder.job.kind, "decoder_run": digest(decoder.job), "decoder_samples": spent.get("decoder_samples", 0), "decoder_flops": spent["flops"] - before["flops"] if "flops" in before else spent["decoder_flops"]}
     finally: generator.tokenizer = own
 
 def _chain(at:At) -> list[At]:

@@ -23,6 +23,7 @@ from ..interfaces import Evaluator, Tokenizer
 
 # %% ../../nbs/73_linear_probe.ipynb #056614bc
 TAPS = ("latent", "mean"), ("latent", "flat"), ("trunk", "cls+mean")     # where features are read and how they become a vector
+_LACKS = {"latent": "makes features only and has no latent", "trunk": "has no ViT trunk with a class token"}
 
 def features(tokenizer:Tokenizer, images:torch.Tensor, tap:str, pool:str, blocks:int=4) -> torch.Tensor:
     """One vector per image (B, 3, H, W) in [0, 1] → (B, F) fp32. `tap`/`pool` is one of `TAPS`.
@@ -32,12 +33,15 @@ def features(tokenizer:Tokenizer, images:torch.Tensor, tap:str, pool:str, blocks
     if tap == "latent":
         z = tokenizer.encode(images).float()
         return reduce(z, "b c h w -> b c", "mean") if pool == "mean" else rearrange(z, "b c h w -> b (h w c)")
-    layers = tokenizer.encoder.trunk.intermediate(tokenizer.encoder.normalise(images), blocks)
+    layers = tokenizer.intermediate(images, blocks)
     return torch.cat([*(tokens.cls for tokens in layers), layers[-1].patches.mean(1)], 1).float()
 
 def width_of(tokenizer, size:int|None, tap:str, pool:str, blocks:int=4) -> int:
-    "F of a tokenizer's config, without computing anything; `size` in pixels (None: the tokenizer's). Raises ValueError for blocks that the trunk does not have, or a size that it can't see."
+    """F of a tokenizer's config, without computing anything; `size` in pixels (None: the tokenizer's).
+
+    Raises ValueError for a tap that the tokenizer does not have, blocks that its trunk does not have, or a size that it can't see."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad(): built = tokenizer.build()
+    if tap not in built.taps: raise ValueError(f"{type(built).__name__} {_LACKS[tap]}: {' or '.join(f'tap={tap!r}' for tap in built.taps) or 'nothing of it'} can be probed")
     side = size or built.image_size
     with torch.no_grad(): return features(built, torch.zeros(1, 3, side, side, device="meta"), tap, pool, blocks).shape[1]
 
@@ -153,7 +157,7 @@ class LinearProbe(Evaluator):
         if not self.blocks: raise ValueError("blocks is empty: name how many of the last blocks are read, (1, 4) as DINOv2 does")
 
     def check(self, job):
-        "Raises ValueError for sources not labelled alike or too small, blocks that the trunk lacks, or a table beyond this machine's memory; FileNotFoundError for sources that are not there."
+        "Raises ValueError for sources not labelled alike or too small, a tap that the tokenizer lacks, blocks that its trunk lacks, or a table beyond this machine's memory; FileNotFoundError for sources that are not there."
         classes_of(train := self.train.open(), val := self.val.open())
         check_samples(train, train_samples=self.train_samples), check_samples(val, val_samples=self.val_samples)
         known, unknown = self.train_samples or len(train), self.val_samples or len(val)

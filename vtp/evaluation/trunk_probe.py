@@ -88,7 +88,7 @@ class TrunkProbe(Evaluator):
         if self.resize < self.size: raise ValueError(f"resize={self.resize} leaves no {self.size} pixels to crop: use at least {self.size}")
 
     def check(self, job):
-        "Raises ValueError for sources not labelled alike, more samples than there are, blocks that the trunk lacks or a size that it can't see; FileNotFoundError for sources that are not there."
+        "Raises ValueError for sources not labelled alike, more samples than there are, a tokenizer without a ViT trunk, blocks that the trunk lacks or a size that it can't see; FileNotFoundError for sources that are not there."
         classes_of(self.train.open(), val := self.val.open())
         check_samples(val, val_samples=self.val_samples)
         width_of(tokenizer_of(job), self.size, "trunk", "cls+mean", max(self.blocks))

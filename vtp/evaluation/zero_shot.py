@@ -23,7 +23,6 @@ from .fid import walk
 from .protocol import check_samples, data_name, row
 from .reconstruction import frozen, load, percent, precision
 from ..interfaces import Evaluator
-from ..text import bpe, cut
 
 # %% ../../nbs/74_zero_shot.ipynb #4e1b3183
 def need_text(objectives):
@@ -57,8 +56,7 @@ class TextMeasure(Evaluator):
 
 def text_features(clip:nn.Module, texts:list[str], device) -> torch.Tensor:
     "Features (B, D) of length one, fp32."
-    ids = cut(bpe(texts, clip.text.config.context))
-    return clip.text_features(ids.to(device)).float()
+    return clip.text_features(clip.tokenise(texts).to(device)).float()
 
 def text_classifier(clip:nn.Module, classes:tuple[str, ...], templates:tuple[str, ...], device, batch:int=1024) -> torch.Tensor:
     "Class directions (K, D) of length one: the normalised mean over templates of each class's sentences (OpenCLIP's zero-shot classifier)."
