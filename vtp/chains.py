@@ -7,8 +7,10 @@ __all__ = ['TAILS', 'ENCODERS', 'DECODERS', 'LAWS', 'Tail', 'finetune', 'latents
            'with_decoder', 'with_latent', 'sweep']
 
 # %% ../nbs/80a_chains.ipynb #f9bebe3d
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
+
+import torch
 
 from .evaluation.generation import GenerationQuality
 from .evaluation.protocol import Evaluate
@@ -17,8 +19,9 @@ from .generation.dit import SIZES, DiTConfig
 from .generation.flow import FlowConfig, SamplerConfig
 from .generation.latents import CacheLatents
 from .generation.train import TrainDiT
-from .job import At
+from .job import At, Job
 from .objectives.adversarial import Adversarial, PatchGAN
+from .objectives.reconstruction import Reconstruction
 from .optim import OptimConfig
 from .pretrain import Pretrain
 from .recipes import SCALES, few, images_of, measure, rebuilt
@@ -62,20 +65,22 @@ TAILS = dict(
 
 # %% ../nbs/80a_chains.ipynb #c357cc9b
 def finetune(job:Pretrain, scale:str) -> FinetuneDecoder:
-    "The decoder's second stage behind a pre-training."
+    "The decoder's second stage behind a pre-training; of what it was trained on only §3.2's own terms are left."
     tail, rec = TAILS[scale], next(o for o in job.objectives if o.name == "rec")
-    return FinetuneDecoder(At(job), images_of(job, scale), replace(rec, batch=tail.rec_batch, weight=1.), seed=job.seed, **tail.decoder)
+    own = {field.name: getattr(rec, field.name) for field in fields(Reconstruction)} | dict(batch=tail.rec_batch, weight=1.)
+    return FinetuneDecoder(At(job), images_of(job, scale), Reconstruction(**own), seed=job.seed, **tail.decoder)
 
-def latents(job:Pretrain, scale:str) -> CacheLatents:
+def latents(job, scale:str) -> CacheLatents:
     "The latents that the DiT is trained on."
     data, wanted = images_of(job, scale), TAILS[scale].latents
     return CacheLatents(At(job), data, **wanted | {"samples": few(wanted.get("samples"), data)})
 
-def dit(job:Pretrain, scale:str, flow:FlowConfig|None=None) -> TrainDiT:
+def dit(job, scale:str, flow:FlowConfig|None=None) -> TrainDiT:
     "The fixed DiT of a scale on a tokenizer's latents; `flow` changes the law of its t."
     tail, stored = TAILS[scale], latents(job, scale)
     classes = {} if stored.data == SCALES["paper"].images else {"classes": _classes(stored.data)}      # ImageNet's 1000 are the default
-    config = DiTConfig(channels=job.tokenizer.latent, grid=job.tokenizer.grid, **classes, **tail.dit)
+    with torch.device("meta"), torch.random.fork_rng(devices=[]): channels, grid, _ = job.tokenizer.build().latent_shape
+    config = DiTConfig(channels=channels, grid=grid, **classes, **tail.dit)
     return TrainDiT(stored, config, seed=job.seed, keep=tuple(b for b in tail.budgets if b < tail.train["steps"]), **tail.train | ({"flow": flow} if flow else {}))
 
 def _classes(data) -> int:
@@ -84,10 +89,10 @@ def _classes(data) -> int:
     return len(reader.classes) if reader.labelled else 1
 
 class Chain(NamedTuple):
-    "The jobs from one pre-training to its numbers; `generation` has one evaluation for each DiT budget."
-    tokenizer:Pretrain
+    "The jobs from one tokenizer to its numbers; `generation` has one evaluation for each DiT budget. Without a second stage, `decoder` is the tokenizer's own job and `reconstruction` the evaluation that is there already."
+    tokenizer:Job
     understanding:Evaluate
-    decoder:FinetuneDecoder
+    decoder:Job
     reconstruction:Evaluate
     dit:TrainDiT
     generation:tuple[Evaluate, ...]
@@ -95,11 +100,14 @@ class Chain(NamedTuple):
     @property
     def measures(self) -> tuple[Evaluate, ...]: return (self.understanding, self.reconstruction, *self.generation)
 
-def chain(job:Pretrain, val, scale:str, flow:FlowConfig|None=None, extractor=None) -> Chain:
-    "Everything behind `job` at `scale`, measured on `val`; `launch(*chain.measures)` runs it. `flow`, `extractor`: others than the scale's."
-    tail, tuned, generator = TAILS[scale], finetune(job, scale), dit(job, scale, flow)
+def chain(job, val, scale:str, flow:FlowConfig|None=None, extractor=None) -> Chain:
+    """Everything behind `job` at `scale`, measured on `val`; `launch(*chain.measures)` runs it. `flow`, `extractor`: others than the scale's.
+
+    A decoder that is already trained against a discriminator (a FinetuneDecoder: RAE's) gets no second stage."""
+    tail, staged = TAILS[scale], not isinstance(job, FinetuneDecoder)
+    tuned, generator, understood = finetune(job, scale) if staged else job, dit(job, scale, flow), measure(job, val, scale, extractor)
     judge = GenerationQuality(extractor=extractor or SCALES[scale].rebuilt["extractor"], decoder=At(tuned), seed=job.seed, **_reference(tuned.pairs, tail))
-    return Chain(job, measure(job, val, scale, extractor), tuned, Evaluate(At(tuned), (rebuilt(tuned, val, scale, extractor),)), generator,
+    return Chain(job, understood, tuned, Evaluate(At(tuned), (rebuilt(tuned, val, scale, extractor),)) if staged else understood, generator,
                  tuple(Evaluate(At(generator, budget), (judge,)) for budget in tail.budgets))
 
 def _reference(pairs, tail:Tail) -> dict:

@@ -20,6 +20,7 @@ from .evaluation.protocol import Evaluate
 from .evaluation.reconstruction import ReconstructionQuality
 from .evaluation.trunk_probe import TrunkProbe
 from .evaluation.zero_shot import Retrieval, ZeroShot
+from .interfaces import taps_of
 from .job import At
 from .objectives.contrastive import Contrastive
 from .objectives.reconstruction import Reconstruction
@@ -133,30 +134,33 @@ def few(wanted:int|None, source) -> int|None:
     "So many samples, or as many as the source has; None (all) stays None."
     return wanted and min(wanted, len(source.open()))
 
-def images_of(job:Pretrain, scale:str):
+def images_of(job, scale:str):
     "The images that probe, second stage and DiT learn from: the scale's own with the scale's own pairs, otherwise the job's."
     own = SCALES[scale]
     return own.images if own.images is not None and job.pairs == own.pairs else job.pairs
 
 def rebuilt(job, val, scale:str, extractor=None) -> ReconstructionQuality:
-    "How a tokenizer reconstructs `val`; `extractor`: of rFID or rFD, None is the scale's own."
-    rec = next(o for o in job.objectives if o.name == "rec")
-    settings = SCALES[scale].rebuilt | ({"extractor": extractor} if extractor else {})
-    return ReconstructionQuality(data=val, samples=few(SCALES[scale].val_samples, val), perceptual=rec.perceptual, **settings)
+    "How a tokenizer reconstructs `val`; `extractor`: of rFID or rFD, None is the scale's own. A model that was not trained on a perceptual distance is measured by the scale's."
+    own = SCALES[scale]
+    distance = next((o.perceptual for o in job.objectives if o.name == "rec"), own.rec.get("perceptual", PerceptualConfig()))
+    settings = own.rebuilt | ({"extractor": extractor} if extractor else {})
+    return ReconstructionQuality(data=val, samples=few(own.val_samples, val), perceptual=distance, **settings)
 
-def measure(job:Pretrain, val, scale:str, extractor=None) -> Evaluate:
-    "The evaluation of a finished job on `val`: reconstruction; with labels probes at both taps and zero-shot; with captions alone retrieval. Text measures need a contrastive objective."
-    reader, text, found = val.open(), "clip" in job.weights, [rebuilt(job, val, scale, extractor)]
+def measure(job, val, scale:str, extractor=None, train=None) -> Evaluate:
+    """The evaluation of a finished job, or of a release, on `val`: reconstruction; with labels probes at the taps it has and zero-shot; with captions alone retrieval.
+
+    What a model lacks is not asked of it: text measures need a contrastive objective, reconstruction a decoder. `train`: images that probes learn from; None: the job's."""
+    reader, taps, found = val.open(), taps_of(job.tokenizer), []
+    if "latent" in taps: found.append(rebuilt(job, val, scale, extractor))
     images, dtype = few(SCALES[scale].val_samples, val), {"dtype": "bf16"} if scale == "paper" else {}
-    if reader.labelled: found += _probes(job, val, scale)
-    if text: found.append((ZeroShot if reader.labelled else Retrieval)(data=val, samples=images, **dtype))
+    if reader.labelled: found += _probes(train or images_of(job, scale), val, scale, taps)
+    if any(o.name == "clip" for o in job.objectives): found.append((ZeroShot if reader.labelled else Retrieval)(data=val, samples=images, **dtype))
     return Evaluate(At(job), tuple(found))
 
-def _probes(job:Pretrain, val, scale:str) -> list:
-    "The latent probes and the trunk's: DINOv2's full protocol at the paper's scale, a cached small relative elsewhere."
+def _probes(train, val, scale:str, there:tuple[str, ...]) -> list:
+    "The latent probes and the trunk's, where these are there: DINOv2's full protocol at the paper's scale, a cached small relative elsewhere."
     s = SCALES[scale]
-    train = images_of(job, scale)
     settings = s.probe | dict(train_samples=few(s.probe.get("train_samples"), train), val_samples=few(s.val_samples, val))
-    taps = s.taps if scale != "paper" else s.taps[:2]
-    found = [LinearProbe(train=train, val=val, tap=tap, pool=pool, **settings) for tap, pool in taps]
-    return found if scale != "paper" else [*found, TrunkProbe(train=train, val=val)]
+    full = scale == "paper" and "trunk" in there
+    found = [LinearProbe(train=train, val=val, tap=tap, pool=pool, **settings) for tap, pool in s.taps if tap in there and not (full and tap == "trunk")]
+    return [*found, TrunkProbe(train=train, val=val)] if full else found
