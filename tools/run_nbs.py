@@ -29,7 +29,7 @@ class Runner(NotebookClient):
 
 def run(path):
     nb = nbformat.read(path, as_version=4)
-    Runner(nb, timeout=600, kernel_name="python3", record_timing=False,
+    Runner(nb, timeout=600, kernel_name="python3", record_timing=False, coalesce_streams=True,
            resources={"metadata": {"path": str(path.parent)}}).execute()
     nbformat.write(nb, path)
     nb = read_nb(path)

@@ -61,7 +61,8 @@ def _vit_row(width, depth, heads):
     vit = dict(_type="vtp.vit:ViTConfig", width=width, depth=depth, heads=heads, norm="layernorm", qk_norm=False)
     return dict(_type="vtp.tokenizers.vit:ViTTokenizerConfig", image_size=256, trunk=vit, decoder=vit, latent=64)
 
-TABLE1 = {"ViT-B": dict(config=_vit_row(768, 12, 12), params_m=171.2, gflops=87.7),
+TABLE1 = {"CNN": dict(config=dict(_type="vtp.tokenizers.ldm_cnn:CNNConfig", image_size=256, latent=64), params_m=70.3, gflops=389.4),
+          "ViT-B": dict(config=_vit_row(768, 12, 12), params_m=171.2, gflops=87.7),
           "ViT-L": dict(config=_vit_row(1024, 24, 16), params_m=607.2, gflops=311.1)}
 
 def table1():
