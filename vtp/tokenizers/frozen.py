@@ -120,6 +120,7 @@ class FrozenConfig:
         "The representation with its weights and a fresh decoder; on the meta device shapes alone, and no file is read."
         meta, representation = torch.get_default_device().type == "meta", self.representation.build()
         tokenizer = FrozenTokenizer(representation, self.decoder, self.noise)
+        tokenizer.config = self
         if self.statistics:
             blank = torch.ones(representation.width, *representation.grid)
             tokenizer.normalise(**({"mean": blank, "var": blank} if meta else self.statistics.load()), eps=self.eps)
