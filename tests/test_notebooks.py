@@ -1,5 +1,7 @@
 """Every notebook runs, is clean, and exports exactly the package; every experiment runs at its smallest."""
 import ast
+import fcntl
+import os
 import re
 from pathlib import Path
 
@@ -20,8 +22,6 @@ EXPERIMENTS = sorted((ROOT / "experiments").glob("*.ipynb"))
 @pytest.fixture(autouse=True)
 def own_state():
     "A notebook in this process must not leave figures or environment variables to the next one."
-    import os
-
     import matplotlib.pyplot as plt
     import torch
 
@@ -39,9 +39,21 @@ def test_nbs(path):
     assert run_nb(path, skip_flags=get_config().tst_flags.split(), basepath=ROOT)[0]
 
 
-@pytest.mark.timeout(900)
+@pytest.fixture
+def one_place(tmp_path_factory, monkeypatch):
+    "One place for the runs of all experiments, one experiment at a time: what two figures need is trained once, as a user would have it."
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "experiments"
+    folder.mkdir(exist_ok=True)
+    monkeypatch.setenv("VTP_RUNS", str(folder))
+    with open(folder / ".turn", "w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
-def test_experiments(path, tmp_path):
+def test_experiments(path, tmp_path, one_place):
     papermill.execute_notebook(path, tmp_path / path.name, dict(scale="smoke"), kernel_name="python3", cwd=tmp_path, progress_bar=False)
 
 
