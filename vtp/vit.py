@@ -7,7 +7,6 @@ __all__ = ['SIZES', 'ViTConfig', 'size', 'RMSNorm', 'Part', 'Attention', 'SwiGLU
            'Blocks', 'Tokens', 'PatchEmbed', 'ViT']
 
 # %% ../nbs/10a_vit.ipynb #36863276
-from collections import deque
 from dataclasses import dataclass
 from operator import index
 from typing import NamedTuple
@@ -21,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from .rope import RopeConfig, RopePeriods, rope_table, rotate
 
 # %% ../nbs/10a_vit.ipynb #aa0c9141
+_ALIGN = {f"swiglu{n}": n for n in (32, 64, 128)}     # DINOv3's names
+
 @dataclass(frozen=True)
 class ViTConfig:
     "Shape and variants of one stack of transformer blocks (§3.1). Raises ValueError for a shape that cannot be built."
@@ -28,9 +29,9 @@ class ViTConfig:
     depth: int = 24
     heads: int = 16
     patch: int = 16                  # pixels per patch side
-    ffn: str = "swiglu"              # or "mlp": Linear, GELU, Linear
+    ffn: str = "swiglu"              # or "mlp": Linear, GELU, Linear; "swiglu64": hidden width a multiple of 64 instead of 8 (32, 128 likewise)
     ffn_ratio: float = 4.            # hidden width of the mlp / width; swiglu takes 2/3 of it
-    norm: str = "rmsnorm"            # or "layernorm"
+    norm: str = "rmsnorm"            # or "layernorm" (eps 1e-6), "layernormbf16" (eps 1e-5)
     qk_norm: bool = True             # RMSNorm of queries and keys over the head
     layer_scale: float|None = None   # initial gain of every residual branch
     registers: int = 0               # extra tokens beside the class token
@@ -42,7 +43,7 @@ class ViTConfig:
         for name, least in dict(width=1, depth=1, heads=1, patch=1, registers=0).items():
             if getattr(self, name) < least: raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
         if self.width % self.heads: raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
-        for name, known in dict(ffn=("swiglu", "mlp"), norm=("rmsnorm", "layernorm")).items():
+        for name, known in dict(ffn=("swiglu", "mlp", *_ALIGN), norm=("rmsnorm", "layernorm", "layernormbf16")).items():
             if getattr(self, name) not in known: raise ValueError(f"{name}={getattr(self, name)!r}: choose from {', '.join(known)}")
         _ = self.rope                # raises for a head or a variant that RoPE refuses
 
@@ -71,7 +72,7 @@ class RMSNorm(nn.Module):
         wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
         return F.rms_norm(wide, self.weight.shape, None, self.eps).to(tokens.dtype) * self.weight
 
-def _norm(config): return RMSNorm(config.width) if config.norm == "rmsnorm" else nn.LayerNorm(config.width, eps=1e-6)
+def _norm(config): return RMSNorm(config.width) if config.norm == "rmsnorm" else nn.LayerNorm(config.width, eps=1e-5 if config.norm == "layernormbf16" else 1e-6)
 
 # %% ../nbs/10a_vit.ipynb #f7333184
 class Part(NamedTuple):
@@ -139,7 +140,8 @@ class SwiGLU(nn.Module):
     "Gated feed-forward: w1 gates, w2 is the value, w3 leads out."
     def __init__(self, config:ViTConfig):
         super().__init__()
-        hidden = -(-int(int(config.width * config.ffn_ratio) * 2 / 3) // 8) * 8
+        align = _ALIGN.get(config.ffn, 8)
+        hidden = -(-int(int(config.width * config.ffn_ratio) * 2 / 3) // align) * align
         self.w1, self.w2, self.w3 = nn.Linear(config.width, hidden), nn.Linear(config.width, hidden), nn.Linear(hidden, config.width)
 
     def forward(self, tokens):
@@ -186,7 +188,7 @@ class Block(nn.Module):
     def __init__(self, config:ViTConfig):
         super().__init__()
         self.norm1, self.norm2 = _norm(config), _norm(config)
-        self.attn, self.mlp = Attention(config), (SwiGLU if config.ffn == "swiglu" else Mlp)(config)
+        self.attn, self.mlp = Attention(config), (Mlp if config.ffn == "mlp" else SwiGLU)(config)
         self.ls1, self.ls2 = (nn.Identity() if config.layer_scale is None else LayerScale(config.width, config.layer_scale) for _ in "12")
 
     def forward(self, tokens, parts, drop:float=0.):
@@ -224,9 +226,9 @@ class Blocks(nn.Module):
             else: rows = block(rows, parts, drop)
             yield rows, parts
 
-    def _samples(self, rows, parts):
-        "Final norm, then one (B, N, D) per part."
-        return [rearrange(t, "(b n) d -> b n d", b=part.batch) for t, part in zip(_split(self.norm(rows), _after(parts)), parts)]
+    def _samples(self, rows, parts, norm=True):
+        "Final norm (or none), then one (B, N, D) per part."
+        return [rearrange(t, "(b n) d -> b n d", b=part.batch) for t, part in zip(_split(self.norm(rows) if norm else rows, _after(parts)), parts)]
 
     def forward(self, tokens, grids, drop:float=0., only_cls=None):
         """Normed tokens (B, N, D) after the last block, or a list of them for lists of `tokens` and `grids` [(h, w), …].
@@ -306,8 +308,12 @@ class ViT(Blocks):
         tokens, grids = zip(*(self._embed(i, m, mask_token) for i, m in zip(images, masks)))
         return [self._tokens(samples) for samples in super().forward(tokens, grids, drop, only_cls)]
 
-    def intermediate(self, images, n:int) -> list[Tokens]:
-        "`Tokens` after each of the last `n` blocks, in order, all normed (linear probes). Raises ValueError for n outside 1…depth."
-        if not 1 <= n <= len(self.blocks): raise ValueError(f"n={n}: the trunk has {len(self.blocks)} blocks")
+    def intermediate(self, images, n, norm:bool=True) -> list[Tokens]:
+        """`Tokens` after each of the last `n` blocks, or after the blocks numbered in the sequence `n`, in order, all normed (linear probes) or none.
+
+        Raises ValueError for n outside 1…depth, or a number that is no block's."""
+        depth = len(self.blocks)
+        chosen = range(depth - n, depth) if isinstance(n, int) else sorted(n)
+        if not chosen or not 0 <= chosen[0] <= chosen[-1] < depth or len(set(chosen)) < len(chosen): raise ValueError(f"n={n}: the trunk has {depth} blocks, 0…{depth - 1}")
         tokens, grid = self._embed(images, None, None)
-        return [self._tokens(self._samples(*step)[0]) for step in deque(self._walk([tokens], [grid]), maxlen=n)]
+        return [self._tokens(self._samples(*step, norm)[0]) for i, step in enumerate(self._walk([tokens], [grid])) if i in chosen]

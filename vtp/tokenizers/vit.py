@@ -90,11 +90,13 @@ class PixelDecoder(Blocks):
         for conv in (self.proj_in, self.proj_out): nn.init.trunc_normal_(conv.weight, std=.02); nn.init.zeros_(conv.bias)
         pixel_statistics(self)
 
-    def forward(self, z:torch.Tensor, drop:float=0.) -> torch.Tensor:
+    def normalised(self, z:torch.Tensor, drop:float=0.) -> torch.Tensor:
+        "The image (B, 3, p·h, p·w) with ImageNet's statistics taken out, as the last layer writes it."
         tokens = self.pointwise(self.proj_in, rearrange(z, "b d h w -> b (h w) d"))
         patches = self.pointwise(self.proj_out, super().forward(tokens, tuple(z.shape[-2:]), drop))
-        image = rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=z.shape[-2], p=self.patch, q=self.patch)
-        return image * self.std + self.mean
+        return rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=z.shape[-2], p=self.patch, q=self.patch)
+
+    def forward(self, z:torch.Tensor, drop:float=0.) -> torch.Tensor: return self.normalised(z, drop) * self.std + self.mean
 
     @staticmethod
     def pointwise(conv:nn.Conv2d, tokens:torch.Tensor) -> torch.Tensor:
