@@ -10,8 +10,6 @@ __all__ = ['TAILS', 'ENCODERS', 'DECODERS', 'LAWS', 'Tail', 'finetune', 'latents
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
-import torch
-
 from .evaluation.generation import GenerationQuality
 from .evaluation.protocol import Evaluate
 from .finetune_decoder import FinetuneDecoder
@@ -19,6 +17,7 @@ from .generation.dit import SIZES, DiTConfig
 from .generation.flow import FlowConfig, SamplerConfig
 from .generation.latents import CacheLatents
 from .generation.train import TrainDiT
+from .interfaces import blank
 from .job import At, Job
 from .objectives.adversarial import Adversarial, PatchGAN
 from .objectives.reconstruction import Reconstruction
@@ -79,7 +78,7 @@ def dit(job, scale:str, flow:FlowConfig|None=None) -> TrainDiT:
     "The fixed DiT of a scale on a tokenizer's latents; `flow` changes the law of its t."
     tail, stored = TAILS[scale], latents(job, scale)
     classes = {} if stored.data == SCALES["paper"].images else {"classes": _classes(stored.data)}      # ImageNet's 1000 are the default
-    with torch.device("meta"), torch.random.fork_rng(devices=[]): channels, grid, _ = job.tokenizer.build().latent_shape
+    channels, grid, _ = blank(job.tokenizer).latent_shape
     config = DiTConfig(channels=channels, grid=grid, **classes, **tail.dit)
     return TrainDiT(stored, config, seed=job.seed, keep=tuple(b for b in tail.budgets if b < tail.train["steps"]), **tail.train | ({"flow": flow} if flow else {}))
 

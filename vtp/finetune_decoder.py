@@ -21,7 +21,7 @@ from torch import nn
 from .data.batch_sampling import Batches
 from .dist import alone, device, rank, sum_ranks, unwrap, world, wrap
 from .flops import count
-from .interfaces import Tokenizer
+from .interfaces import Tokenizer, need_decoder
 from .job import At, Job, run_of
 from .loop import DTYPES, Ledger, State, averages, check_length, check_source, loop, prepare, resume
 from .objectives.adversarial import Adversarial, AdversarialLoss, adaptive_weight, draws
@@ -121,7 +121,8 @@ class FinetuneDecoder(Job):
         return self.of.job.build(where)
 
     def check(self):
-        "Open the data, count a step on the meta device, and look for the files of the perceptual distance and the discriminator."
+        "Open the data, count a step on the meta device, and look for the files of the perceptual distance and the discriminator. Raises ValueError for a tokenizer without decoder."
+        need_decoder(self.tokenizer)
         check_source(self, self.pairs.open())
         self.adversarial.discriminator.check(self.rec.crop.size)
         cost(self)

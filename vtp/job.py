@@ -27,7 +27,7 @@ from .run import Run, create, runs
 # %% ../nbs/03_job.ipynb #c5f120c8
 @dataclass(frozen=True)
 class Machine:
-    "How a job is run. Nothing here may change a result."
+    "How a job is run. Nothing here may change a result, but for noise that a tokenizer or stochastic depth draws in training: each rank draws its own."
     procs:int = 1              # processes of a job on this machine; on GPUs, one each
     jobs:int = 1               # jobs that run at the same time where none is another's input
     device:str = "auto"        # "auto", "cpu", "cuda"

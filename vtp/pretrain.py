@@ -89,7 +89,7 @@ class Pretrain(Job):
             for objective in self.objectives: objective.view([Pair(np.zeros((64, 64, 3), np.uint8), None, -1, "")] * 2, _draw(2))
         for objective in self.objectives: objective.check()
         cost(self)
-        if self.start:
+        if self.start and not run_of(self).checkpoints():              # once it is on its way it needs its start no more
             with torch.device("meta"): self.build("meta", self.start.job.build("meta").state_dict())
         for probe in self.probes: probe.check(self)
 

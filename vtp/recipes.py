@@ -20,7 +20,7 @@ from .evaluation.protocol import Evaluate
 from .evaluation.reconstruction import ReconstructionQuality
 from .evaluation.trunk_probe import TrunkProbe
 from .evaluation.zero_shot import Retrieval, ZeroShot
-from .interfaces import taps_of
+from .interfaces import blank
 from .job import At
 from .objectives.contrastive import Contrastive
 from .objectives.reconstruction import Reconstruction
@@ -150,17 +150,17 @@ def measure(job, val, scale:str, extractor=None, train=None) -> Evaluate:
     """The evaluation of a finished job, or of a release, on `val`: reconstruction; with labels probes at the taps it has and zero-shot; with captions alone retrieval.
 
     What a model lacks is not asked of it: text measures need a contrastive objective, reconstruction a decoder. `train`: images that probes learn from; None: the job's."""
-    reader, taps, found = val.open(), taps_of(job.tokenizer), []
-    if "latent" in taps: found.append(rebuilt(job, val, scale, extractor))
+    reader, tokenizer, found = val.open(), blank(job.tokenizer), []
+    if "latent" in tokenizer.taps and tokenizer.decodes: found.append(rebuilt(job, val, scale, extractor))
     images, dtype = few(SCALES[scale].val_samples, val), {"dtype": "bf16"} if scale == "paper" else {}
-    if reader.labelled: found += _probes(train or images_of(job, scale), val, scale, taps)
+    if reader.labelled: found += _probes(train or images_of(job, scale), val, scale, tokenizer)
     if any(o.name == "clip" for o in job.objectives): found.append((ZeroShot if reader.labelled else Retrieval)(data=val, samples=images, **dtype))
     return Evaluate(At(job), tuple(found))
 
-def _probes(train, val, scale:str, there:tuple[str, ...]) -> list:
-    "The latent probes and the trunk's, where these are there: DINOv2's full protocol at the paper's scale, a cached small relative elsewhere."
+def _probes(train, val, scale:str, tokenizer) -> list:
+    "The latent probes and the trunk's, where these are there: DINOv2's full protocol at the paper's scale, a cached small relative elsewhere, and for a trunk that can't see its 224 pixels."
     s = SCALES[scale]
     settings = s.probe | dict(train_samples=few(s.probe.get("train_samples"), train), val_samples=few(s.val_samples, val))
-    full = scale == "paper" and "trunk" in there
-    found = [LinearProbe(train=train, val=val, tap=tap, pool=pool, **settings) for tap, pool in s.taps if tap in there and not (full and tap == "trunk")]
+    full = scale == "paper" and "trunk" in tokenizer.taps and tokenizer.any_size
+    found = [LinearProbe(train=train, val=val, tap=tap, pool=pool, **settings) for tap, pool in s.taps if tap in tokenizer.taps and not (full and tap == "trunk")]
     return [*found, TrunkProbe(train=train, val=val)] if full else found

@@ -21,7 +21,7 @@ from ..data.samples import Bad
 from ..dist import sum_ranks
 from .fid import QUANTISE, Seen, Stats, distance_name, frechet, halves, interval, quantise, walk
 from .protocol import check_samples, data_name, row, tokenizer_of
-from ..interfaces import Evaluator, Tokenizer, need_latent
+from ..interfaces import Evaluator, Tokenizer, need_decoder
 from ..perceptual import LPIPS, PerceptualConfig, perceptual
 
 # %% ../../nbs/72_reconstruction.ipynb #8143178a
@@ -134,8 +134,8 @@ class ReconstructionQuality(Evaluator):
         if self.extractor and self.samples is not None and self.samples < 4: raise ValueError(f"samples={self.samples} give no interval of a distance: use at least 4, or extractor=None")
 
     def check(self, job):
-        "Raises FileNotFoundError if the weights of LPIPS or of the extractor, or the images, are missing; ValueError for images the extractor can't see."
-        need_latent(tokenizer_of(job))
+        "Raises FileNotFoundError if the weights of LPIPS or of the extractor, or the images, are missing; ValueError for a tokenizer without decoder, or images the extractor can't see."
+        need_decoder(tokenizer_of(job))
         check_samples(self.data.open(), samples=self.samples)
         perceptual(self.perceptual)
         if self.extractor: self.extractor.build()(torch.zeros(1, 3, *[tokenizer_of(job).image_size] * 2, dtype=torch.uint8))
@@ -182,8 +182,8 @@ ReconstructionQuality._pixels, ReconstructionQuality._distance = _pixels, _dista
 
 # %% ../../nbs/72_reconstruction.ipynb #f89ce817
 def reconstruct(tokenizer:Tokenizer, data, samples:int=8, device="cpu", resize:str="center_crop") -> tuple[torch.Tensor, torch.Tensor]:
-    "The first `samples` images of the walk and their reconstructions, both (n, 3, s, s) in [0, 1] on the CPU; n is less if some are bad."
-    reader = data.open()
+    "The first `samples` images of the walk and their reconstructions, both (n, 3, s, s) in [0, 1] on the CPU; n is less if some are bad. Raises ValueError if the source has fewer."
+    check_samples(reader := data.open(), samples=samples)
     chosen = reader.order(0, np.arange(samples))
     images, _ = load(reader.read(chosen, reader.keys[chosen]), tokenizer.image_size, resize, device)
     with frozen(tokenizer): again = tokenizer(images).clamp(0, 1)

@@ -38,6 +38,7 @@ class OfficialTokenizer(ViTTokenizer):
         Tokenizer.__init__(self)
         self.config, self.image_size, self.latent_shape = config, config.image_size, (config.latent, config.grid, config.grid)
         self.encoder, self.decoder = Encoder(config), None if config.decoder is None else PixelDecoder(config.decoder, config.latent)
+        self.decodes = config.decoder is not None
         if not config.bottleneck: self.encoder.bottleneck = nn.Identity()
 
     def decode(self, z:torch.Tensor, drop:float=0.) -> torch.Tensor:
