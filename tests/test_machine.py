@@ -89,3 +89,21 @@ def test_evaluation_does_not_depend_on_ranks(number):
 def test_the_machine_is_not_part_of_the_digest():
     small = job()
     assert digest(small) == digest(loads(dumps(small))) and "procs" not in dumps(small)
+
+
+def test_a_compiled_model_can_be_gone_through_twice():
+    "Losses that compare gradients (VA-VAE's weight, the second stage's) ask a graph for two of them."
+    import torch
+    from tiny import TOKENIZER
+
+    from vtp.job import Machine
+    from vtp.loop import prepare
+
+    tokenizer = TOKENIZER.build().train()
+    prepare(tokenizer, Machine(compile=True))
+    z = tokenizer.encode(torch.rand(2, 3, 16, 16))
+    last = tokenizer.encoder.bottleneck.weight
+    first, = torch.autograd.grad(z.square().mean(), last, retain_graph=True)
+    inner = tokenizer.encoder.trunk.blocks[0].attn.qkv.weight
+    again = [torch.autograd.grad(loss, inner, retain_graph=True)[0] for loss in (z.square().mean(), 2 * z.square().mean())]
+    assert first.isfinite().all() and torch.allclose(2 * again[0], again[1], rtol=1e-4, atol=1e-9)

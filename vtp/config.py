@@ -70,6 +70,7 @@ def find(name:str) -> type:
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"_type {name!r} can't be found ({error}): was it renamed? add it to vtp.config.renames") from error
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)): raise ValueError(f"_type {name!r} is not a config class")
+    if cls.__module__.split(".")[0] not in allowed: raise ValueError(f"_type {name!r} leads to {cls.__module__}, outside the packages {sorted(allowed)}")     # through an import of an allowed module
     return cls
 
 # %% ../nbs/00_config.ipynb #9f0321ba

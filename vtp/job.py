@@ -10,6 +10,7 @@ import dataclasses
 import multiprocessing
 import os
 import pkgutil
+import re
 import signal
 import sys
 import threading
@@ -97,7 +98,8 @@ def path_of(job:Job) -> Path:
     "The directory of a job. The digest names it; a directory whose readable part is from another day is found all the same."
     name = digest(job)
     found = sorted(runs().glob(f"*-{name}"))
-    return found[0] if found else runs() / "-".join(filter(None, (job.kind, job.label(), name)))
+    label = re.sub(r"[^\w.+=@-]+", "_", job.label())                # a label may hold any string: it must not lead to another folder
+    return found[0] if found else runs() / "-".join(filter(None, (job.kind, label, name)))
 
 def run_of(job:Job) -> Run:
     "The run of a job, whether or not it has started."

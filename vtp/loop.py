@@ -136,6 +136,7 @@ def prepare(model:nn.Module, machine):
     if machine.compile:
         for module in model.modules():
             for block in getattr(module, "blocks", ()): block.compile()
+        torch._functorch.config.donated_buffer = False  # losses that compare gradients go through a graph twice
         torch._dynamo.config.recompile_limit = 64       # trunk, teacher, decoder and several token layouts share one block's code
 
 def averages(values:dict[str, torch.Tensor]) -> dict[str, float]:
