@@ -3,10 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: help install quickstart test nbs clean-venv
+.PHONY: help install quickstart test test-slow nbs clean-venv
 help:
 	@echo "make quickstart   install, then take three tokenizers from procedural pairs to generated samples (about 7 minutes on 2 cores)"
 	@echo "make test         install, then run every test"
+	@echo "make test-slow    the campaigns: hundreds of faults in data"
 	@echo "make install      only create .venv and install into it"
 	@echo "make nbs          run every notebook in nbs/ in place (outputs kept), clean and export"
 
@@ -27,6 +28,9 @@ quickstart: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal tests
+
+test-slow: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --slow -m slow tests
 
 nbs: $(STAMP)
 	$(BIN)/python tools/run_nbs.py nbs/*.ipynb

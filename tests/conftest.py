@@ -8,6 +8,20 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the campaigns as well: hundreds of faults, minutes each")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: a campaign, run by `make test-slow`")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow"): return
+    for item in items:
+        if "slow" in item.keywords: item.add_marker(pytest.mark.skip(reason="a campaign: run it with make test-slow"))
+
+
 @pytest.fixture(autouse=True)
 def own_runs(tmp_path, monkeypatch):
     "Runs of a test never meet those of a user."

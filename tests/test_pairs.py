@@ -168,9 +168,42 @@ def test_torn_gzip_and_wrong_checksum(tmp_path):
     assert [p.key for p in read_all(reader)] == [f"{i:03}" for i in range(len(reader))]
     path.write_bytes(data[:-8] + b"\0" * 8)
     reader = Shards(str(path)).open()
-    assert len(reader.bad) == 1 and len(reader) == 29
+    assert len(reader.bad) == 1 and "CRC" in reader.bad[0].reason and len(reader) == 30      # which is damaged, if any, its decoder says
+    path.write_bytes(data + b"behind the end")
+    reader = Shards(str(path)).open()
+    assert len(reader.bad) == 1 and len(reader) == 30
     path.write_bytes(b"these are no shards" * 100)
     with pytest.raises(ValueError, match="no usable sample"): Shards(str(path)).open()
+
+
+def test_a_flipped_header_costs_one_sample(tmp_path):
+    path = write(tmp_path / "a.tar", {f"{i:03}": sample(i) for i in range(30)})
+    data = path.read_bytes()
+    with tarfile.open(path) as tar: headers = [(m.offset, m.name[:3]) for m in tar]
+    for at, key in headers[::3]:
+        path.write_bytes(data[:at + 150] + b"!" + data[at + 151:])
+        reader = Shards(str(path)).open()
+        assert [b.key for b in reader.bad] == [key] and [p.key for p in read_all(reader)] == [f"{i:03}" for i in range(30) if f"{i:03}" != key]
+
+
+def test_a_mac_s_shadow_files_between_members_are_nobody_s(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for i in range(3):
+            for extension, content in sample(i).items():
+                for name, data in ((f"._{i}.{extension}", b"shadow"), (f"{i}.{extension}", content)):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    reader = Shards(str(path)).open()
+    assert [(p.key, p.label) for p in read_all(reader)] == [("0", 0), ("1", 1), ("2", 2)] and not reader.bad
+
+
+def test_a_shard_that_says_gz_and_is_none_and_the_other_way_round(tmp_path):
+    samples = {f"{i:03}": sample(i) for i in range(4)}
+    plain = write(tmp_path / "a.tar", samples)
+    plain.rename(tmp_path / "plain.tar.gz"), write(tmp_path / "b.tar.gz", samples, "w:gz").rename(tmp_path / "zipped.tar")
+    for name in ("plain.tar.gz", "zipped.tar"): assert [p.key for p in read_all(Shards(str(tmp_path / name)).open())] == list(samples)
 
 
 def test_one_bad_shard_of_two(tmp_path):
@@ -191,9 +224,8 @@ def test_a_shard_that_changes_or_goes_is_noticed(tmp_path):
     assert all(isinstance(b, Bad) and "No such file" in b.reason for b in read_all(reader))
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_decompression_bomb_is_bad(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    monkeypatch.setattr("vtp.data.samples.MAX_PIXELS", 100)
     found = read_all(Shards(str(write(tmp_path / "a.tar", {"bomb": sample(0), "small": sample(1, (5, 5))}))).open())
     assert "bomb" in found[0].reason.lower() and found[1].key == "small"
 

@@ -46,6 +46,16 @@ def test_too_many_stop_the_run(tmp_path):
     assert not run_of(small).done and len(run_of(small).rows("quarantine")) > 10
 
 
+def test_the_list_says_key_shard_and_reason_and_its_sum_says_what_prevails(tmp_path):
+    from vtp.data.samples import Bad, summary
+
+    for name, broken in (("a.tar", {i: b"rubbish" for i in range(0, 80, 2)}), ("b.tar", {1: b"\x89PNG torn"})): shard(tmp_path / name, broken)
+    small = job((rec(),), pairs=Shards(str(tmp_path / "?.tar")), steps=20, bad_rate=0.1)
+    with pytest.raises(RuntimeError, match="more than bad_rate"): launch(small, machine=HERE)
+    told = summary(Bad(row["key"], row["shard"], row["reason"]) for row in run_of(small).rows("quarantine"))
+    assert told.startswith("by reason: ") and "image: of no known format" in told.split(";")[0] and told.partition("By shard: ")[2].split(";")[0].endswith("a.tar")
+
+
 def test_a_source_of_nothing_but_rubbish(tmp_path):
     source = Shards(shard(tmp_path / "all.tar", {i: b"rubbish" for i in range(80)}))
     with pytest.raises(RuntimeError, match="samples in a row could not be read"):

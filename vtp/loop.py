@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .data.batch_sampling import loader
-from .data.samples import Bad, mix
+from .data.samples import Bad, mix, summary
 from .dist import any_rank, device, gather_objects, is_main, rank, sum_ranks, unwrap, world
 from .job import Job, progress
 from .optim import load_optim, optim_tensors
@@ -35,9 +35,9 @@ def check_length(job:Job):
 
 def check_source(job:Job, reader):
     "Raise ValueError if more of a source is unusable than the job tolerates."
-    bad, total = len(reader.bad), len(reader) + len(reader.bad)
+    bad, total = reader.unusable, len(reader) + reader.unusable
     if bad > max(10, job.bad_rate * total):
-        raise ValueError(f"{bad} of {total} samples can't be used, more than bad_rate={job.bad_rate}, the first: {reader.bad[0]}; mend the shards or raise bad_rate")
+        raise ValueError(f"{bad} of {total} samples can't be used, more than bad_rate={job.bad_rate}, {summary(reader.bad)}; mend the shards or raise bad_rate")
 
 def to_device(batch, where:torch.device, dtype:torch.dtype=torch.float32):
     "A view's tensors on the device; uint8 images become floats in [0, 1] there, a quarter of the bytes to move."
@@ -69,10 +69,11 @@ class Ledger:
             for sample in bad: self._write(dict(step=step + 1, key=sample.key, shard=sample.shard, reason=sample.reason))
             if not stepped: self._write(dict(step=step + 1, rank=r, reason="gradient not finite: step called off", keys=keys))
             if r == 0: self._count(stepped)
-        read = done * self.job.batch
+        read = done * self.job.batch + self.state["bad"] - self.state["indexed"]      # bad ones were read too, and replaced
         bad = self.state["bad"] - self.state["indexed"]
         if bad > max(10, self.job.bad_rate * read):
-            raise RuntimeError(f"{bad} of {read} samples were bad, more than bad_rate={self.job.bad_rate}: see {self.run.path / 'quarantine.jsonl'}, mend the shards or raise bad_rate")
+            found = [Bad(row["key"], row["shard"], row["reason"]) for row in self.run.rows("quarantine") if "shard" in row]
+            raise RuntimeError(f"{bad} of {read} samples were bad, more than bad_rate={self.job.bad_rate}, {summary(found)}; see {self.run.path / 'quarantine.jsonl'}, mend the shards or raise bad_rate")
 
     def _count(self, stepped:bool):
         self.state["skipped"] += not stepped

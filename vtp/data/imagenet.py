@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .samples import IMAGES, ROOT, Bad, Pair, Reader, decode_image, hash_key
+from .samples import IMAGES, MAX_BYTES, ROOT, Bad, Pair, Reader, decode_image, hash_key
 from ..text import import_open_clip
 
 # %% ../../nbs/22_imagenet.ipynb #731f122f
@@ -52,11 +52,18 @@ class ImageFolder:
         return FolderReader(self)
 
 # %% ../../nbs/22_imagenet.ipynb #b8e263d5
+def _images(folder:str) -> list[tuple[str, int]]:
+    "Names that promise an image, sorted, with the sizes of the files; -1 where there is none."
+    def size(entry):
+        try: return entry.stat().st_size if entry.is_file() else -1
+        except OSError: return -1
+    return sorted((entry.name, size(entry)) for entry in os.scandir(folder) if entry.name.lower().endswith(tuple(f".{e}" for e in IMAGES)) and entry.name[0] != ".")
+
 def _list_files(config:ImageFolder) -> tuple[str, list[str], list[list[tuple[str, int]]]]:
     "The folder of classes, their names, and the sorted image files of each with their sizes in bytes."
     folder = os.path.join(ROOT, os.path.expanduser(config.root), config.split)
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if os.path.isdir(folder) else []
-    files = [sorted((entry.name, entry.stat().st_size) for entry in os.scandir(os.path.join(folder, name)) if entry.name.lower().endswith(IMAGES)) for name in classes]
+    files = [_images(os.path.join(folder, name)) for name in classes]
     if not any(files): raise FileNotFoundError(f"no images in {folder}: expected {os.path.join(folder, '<class name or wnid>', '*.JPEG')}")
     empty = [name for name, found in zip(classes, files) if not found]
     if empty:
@@ -87,9 +94,15 @@ class FolderReader(Reader):
 
     def _read(self, key:str, label:int) -> Pair|Bad:
         "One image file."
-        try:
-            with open(os.path.join(self.folder, key), "rb") as file: return Pair(decode_image(file.read()), None, label, key)
-        except (OSError, ValueError) as error: return Bad(key, self.folder, str(error))
+        try: return Pair(decode_image(_content(os.path.join(self.folder, key))), None, label, key)
+        except (OSError, ValueError) as error: return Bad(key, self.folder, getattr(error, "strerror", None) or str(error))
+
+def _content(path:str) -> bytes:
+    "A file's bytes. Raises OSError, and ValueError for what is no file or too large for an image."
+    if not os.path.isfile(path): raise ValueError("there is no file of this name")
+    with open(path, "rb") as file: content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES: raise ValueError(f"more than {MAX_BYTES} bytes")
+    return content
 
 # %% ../../nbs/22_imagenet.ipynb #2ca6a0b2
 @dataclass(frozen=True)
@@ -107,7 +120,7 @@ class PictureReader(FolderReader):
 
     def __init__(self, config:Pictures):
         self.folder = os.path.join(ROOT, os.path.expanduser(config.root))
-        found = sorted((e.name, e.stat().st_size) for e in os.scandir(self.folder) if e.name.lower().endswith(IMAGES)) if os.path.isdir(self.folder) else []
+        found = _images(self.folder) if os.path.isdir(self.folder) else []
         if not found: raise FileNotFoundError(f"no images in {self.folder}: expected files that end with {', '.join(IMAGES)}")
         names, sizes = zip(*found)
         self.files, self.keys = np.array([os.fsencode(name) for name in names]), np.array([hash_key(name) for name in names], np.uint64)
