@@ -1,4 +1,5 @@
 """The CNN autoencoder of Table 1 and VA-VAE's loss in the engine: they train, resume to the bit, are tuned and cached, and two ranks train as one."""
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from vtp.data.shapes import Shapes
 from vtp.dist import start
 from vtp.finetune_decoder import FinetuneDecoder
 from vtp.generation.latents import CacheLatents, open_latents
+from vtp.hub import from_pretrained, save_pretrained
 from vtp.job import At, inputs, launch, load, run_of
 from vtp.loop import seed_step
 from vtp.objectives.adversarial import Adversarial, PatchGAN
@@ -106,7 +108,7 @@ def test_the_trunk_is_an_input_and_its_weights_are_needed_only_to_train():
     small = cnn_job((distil(),))
     assert inputs(small) == (TRUNK,)
     model = small.build()                                            # TRUNK has not been run
-    assert [name for name in model.objectives.state_dict()] == ["rec.proj.weight"]
+    assert [name for name in model.objectives.state_dict()] == ["rec.origin", "rec.proj.weight"] and not model.objectives["rec"].origin.any()
     counted, plain = cost(small), cost(cnn_job())
     assert "objectives.rec.proj.weight" in counted.trained and plain.trained == counted.trained - {"objectives.rec.proj.weight"}
     assert counted.flops > 1.2 * plain.flops                         # the trunk, the pairs of positions, and the two gradients at the last layer
@@ -192,3 +194,45 @@ def test_a_wrong_grid_is_refused_before_training():
     small = cnn_job((distil(),), tokenizer=replace(CNN, multipliers=(1, 2), attention=(8,)), steps=2)
     with pytest.raises(ValueError, match="8×8 latents, but 4×4 tokens in the representation: set stride=2"):
         launch(small, machine=HERE)
+
+
+def swapped(job, other):
+    "The checkpoints of another run in the place of a job's own."
+    shutil.rmtree(run_of(job).path / "checkpoints")
+    shutil.copytree(run_of(other).path / "checkpoints", run_of(job).path / "checkpoints")
+
+
+@pytest.mark.timeout(180)
+def test_another_representation_under_the_same_config_is_refused(tmp_path, monkeypatch):
+    launch(TRUNK, replace(TRUNK, seed=1), replace(TRUNK, seed=2), machine=HERE)
+    small = cnn_job((distil(),))
+    with monkeypatch.context() as patched:
+        stop_at(patched, 2)
+        with pytest.raises(InterruptedError):
+            launch(small, machine=HERE)
+    before = OwnTrunk(At(TRUNK)).build().hash
+    swapped(TRUNK, replace(TRUNK, seed=1))
+    with pytest.raises(ValueError, match=f"rec: this state was trained towards representation {before}, but here is .* launch again"):
+        launch(small, machine=HERE)
+    swapped(TRUNK, replace(TRUNK, seed=2))
+    shutil.rmtree(run_of(small).path / "checkpoints")
+    launch(small, machine=HERE)                                      # from nothing: these are its weights now
+    shutil.rmtree(run_of(TRUNK).path)
+    model = small.load()                                             # the tokenizer needs no representation
+    with torch.no_grad():
+        assert model.tokenizer(torch.rand(1, 3, 16, 16)).shape == (1, 3, 16, 16)
+    folder = save_pretrained(small, tmp_path / "tokenizer")
+    whole = save_pretrained(small, tmp_path / "whole", objectives=("rec",))
+    assert from_pretrained(str(folder)).tokenizer.encoder_hash() == model.tokenizer.encoder_hash()
+    assert torch.equal(from_pretrained(str(whole)).objectives["rec"].origin, model.objectives["rec"].origin) and model.objectives["rec"].origin.any()
+
+
+@pytest.mark.timeout(180)
+def test_a_training_may_start_from_one_towards_another_representation():
+    launch(TRUNK, machine=HERE)
+    first = cnn_job((distil(),), steps=2, log_every=1)
+    launch(first, machine=HERE)
+    same, other = (cnn_job((distil(trunk),), steps=2, log_every=1, start=At(first), seed=3) for trunk in (TRUNK, replace(TRUNK, seed=1)))
+    launch(same, other, machine=HERE)
+    origins = [found.load().objectives["rec"].origin for found in (first, same, other)]
+    assert torch.equal(origins[0], origins[1]) and not torch.equal(origins[0], origins[2])

@@ -6,6 +6,7 @@ import signal
 from dataclasses import replace
 
 import pytest
+import rae_case
 import timm
 import torch
 from formats import shapes, synthetic
@@ -24,7 +25,8 @@ from vtp.job import At, Machine, inputs, launch, run_of
 from vtp.objectives.adversarial import Adversarial, DiffAugment, PatchGAN
 from vtp.optim import OptimConfig
 from vtp.perceptual import PerceptualConfig
-from vtp.tokenizers.frozen import DECODERS, FrozenConfig, RAEDecoder, RAEDecoderConfig, Untrained, rae_decoder
+from vtp.run import root
+from vtp.tokenizers.frozen import DECODERS, FrozenConfig, FrozenTokenizer, RAEDecoder, RAEDecoderConfig, Untrained, positions, rae_decoder
 from vtp.tokenizers.released_rae import RAERelease, decoder_names
 from vtp.tokenizers.representation import OwnTrunk, TimmRepresentation
 from vtp.tokenizers.statistics import LatentStatistics
@@ -124,8 +126,28 @@ def test_other_weights_under_the_decoder_are_refused(tmp_path, monkeypatch):
     other, = launch(pretrained(seed=1), machine=HERE)
     shutil.rmtree(trunk.path / "checkpoints")
     shutil.copytree(other.path / "checkpoints", trunk.path / "checkpoints")
+    with pytest.raises(ValueError, match="untrained-.* was made with encoder .* remove"):
+        training.load()
+    shutil.rmtree(run_of(training.of.job).path)                    # without that note the decoder's own is left
     with pytest.raises(ValueError, match="tuned the decoder of encoder"):
         training.load()
+
+
+def test_another_encoder_than_the_run_wrote_down_is_refused(tmp_path):
+    def written(seed):
+        torch.manual_seed(seed)
+        save_file(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "vit.safetensors")
+
+    written(0)
+    untrained = Untrained(FrozenConfig(TimmRepresentation("test_vit", str(tmp_path / "vit.safetensors"), image_size=32, stride=8), replace(DECODER, patch=8)))
+    untrained.load()                                               # nothing is written down yet
+    launch(untrained, machine=HERE)
+    before = untrained.load().tokenizer.encoder_hash()
+    written(1)
+    with pytest.raises(ValueError, match=f"was made with encoder {before}, but here is"):
+        untrained.load()
+    written(0)
+    assert untrained.load().tokenizer.encoder_hash() == before
 
 
 def test_a_published_network_is_the_same_to_the_bit(tmp_path):
@@ -167,6 +189,24 @@ def test_statistics_change_the_latents_and_not_the_image(tmp_path):
     assert normed.encoder_hash() != bare.encoder_hash() and normed.encoder_hash() == copy.deepcopy(normed).encoder_hash()
     with pytest.raises(ValueError, match="another representation"):
         replace(config, representation=OwnTrunk(At(pretrained()), affine=True))
+    with pytest.raises(ValueError, match="another representation"):
+        replace(config, statistics=pretrained())
+    trunk = run_of(pretrained())
+    other, = launch(pretrained(seed=1), machine=HERE)
+    shutil.rmtree(trunk.path / "checkpoints")
+    shutil.copytree(other.path / "checkpoints", trunk.path / "checkpoints")
+    with pytest.raises(ValueError, match="was measured with representation .* launch again"):
+        config.build()
+    assert Untrained(config).build("meta").tokenizer.scale.shape == (32, 4, 4) and statistics.load()["var"].shape == (32, 4, 4)
+
+
+def test_a_value_that_never_varies_is_divided_by_the_root_of_eps():
+    with torch.device("meta"):
+        representation = frozen().representation.build()
+    tokenizer = FrozenTokenizer(representation, DECODER)
+    for eps in (1e-5, 0.04):
+        tokenizer.normalise(torch.zeros(32, 4, 4), torch.zeros(32, 4, 4), **({} if eps == 1e-5 else {"eps": eps}))
+        torch.testing.assert_close(tokenizer.scale, torch.full((32, 4, 4), eps**0.5))
 
 
 def test_other_sides(tmp_path):
@@ -280,7 +320,56 @@ def test_a_release_that_is_not_whole_is_refused(tmp_path):
         (tmp_path / "encoder/config.json").write_text(json.dumps(config))
 
 
+SPOILED = {                                                         # part of a tokenizer → what stored numbers must notice
+    "nothing": lambda t: None,
+    "encoder: keys for queries": lambda t: [b.attn.qkv.weight.data.copy_(b.attn.qkv.weight.data.view(3, 32, 32)[[1, 0, 2]].flatten(0, 1)) for b in t.representation.trunk.network.blocks],
+    "encoder: gain of the last norm": lambda t: t.representation.trunk.network.norm.weight.data.mul_(1.01),
+    "encoder: shift of the last norm": lambda t: t.representation.trunk.network.norm.bias.data.add_(0.01),
+    "encoder: norm's eps": lambda t: [setattr(b.norm1, "eps", 1e-5) for b in t.representation.trunk.network.blocks],
+    "encoder: bilinear": lambda t: setattr(t.representation, "resize", "bilinear"),
+    "encoder: ImageNet's mean of colours in another order": lambda t: t.representation.mean.copy_(t.representation.mean.flip(1)),
+    "encoder: ImageNet's deviation": lambda t: t.representation.std.fill_(0.226),
+    "statistics: no eps": lambda t: setattr(t, "scale", (t.scale**2 - 1e-5).sqrt()),
+    "decoder: keys for queries": lambda t: [b.qkv.weight.data.copy_(b.qkv.weight.data.view(3, 24, 24)[[1, 0, 2]].flatten(0, 1)) for b in t.decoder.blocks],
+    "decoder: norm's eps": lambda t: [setattr(b.norm1, "eps", 1e-6) for b in t.decoder.blocks],
+    "decoder: rows before columns": lambda t: t.decoder.positions[1:].copy_(t.decoder.positions[1:].view(4, 4, 24).transpose(0, 1).flatten(0, 1)),
+}
+
+
+@pytest.mark.parametrize("part", SPOILED)
+def test_it_is_what_the_public_code_computed(part, tmp_path):
+    golden = {name: torch.tensor(value) for form in ("dinov2_registers", "rae_decoder") for name, value in json.loads((root() / f"data/formats/{form}.json").read_text())["golden"].items()}
+    table, image = positions((4, 4), 24), rae_case.image()
+    tokenizer = rae_case.write(tmp_path, table[None]).load().tokenizer
+    SPOILED[part](tokenizer)
+    with torch.no_grad():
+        z = tokenizer.encode(image)
+        found = rae_case.numbers(table, tokenizer.embed(image).patches, z, tokenizer.decode(z))
+    off = {name: ((found[name] - wanted).abs().max() / wanted.abs().max()).item() for name, wanted in golden.items()}
+    assert off.keys() == {"positions", "tokens", "z", "decoded"}
+    assert max(off.values()) < 1e-5 if part == "nothing" else max(off.values()) > 1e-3, off
+
+
+def test_the_encoder_says_which_field_its_folder_is_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    found = release(tmp_path, encoder="facebook/dinov2-with-registers-base")
+    for ask in (found.check, lambda: found.tokenizer.latent, lambda: found.build("meta")):
+        with pytest.raises(FileNotFoundError, match="hf download facebook/dinov2-with-registers-base config.json(.|\n)*as the field encoder") as error:
+            ask()
+        assert "the source" not in str(error.value)
+    (tmp_path / "encoder/config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is not JSON"):
+        replace(found, encoder=str(tmp_path / "encoder")).build("meta")
+
+
 def test_the_published_release_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match="hf download nyu-visionx/RAE-collections decoders/dinov2/wReg_base/ViTXL_n08/model.pt"):
+    with pytest.raises(FileNotFoundError, match="hf download (facebook/dinov2-with-registers-base|nyu-visionx/RAE-collections) "):
         launch(RAERelease(), machine=HERE)
+    with pytest.raises(FileNotFoundError, match="hf download nyu-visionx/RAE-collections decoders/dinov2/wReg_base/ViTXL_n08/model.pt (.|\n)*as the source"):
+        RAERelease().path(RAERelease().decoder)
+
+
+def test_pretraining_a_frozen_encoder_is_refused():
+    with pytest.raises(ValueError, match="frozen, and every checkpoint would hold it"):
+        launch(job((rec(),), tokenizer=frozen(), steps=2), machine=HERE)

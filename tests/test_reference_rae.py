@@ -3,22 +3,28 @@
     git clone https://github.com/bytetriper/RAE
     RAE_REFERENCE=$PWD/RAE python -m pytest -s tests/test_reference_rae.py
 
+With RAE_GOLDEN=1 as well, and transformers installed, the numbers in data/formats that tests/test_rae.py compares with are written anew.
+
 Compared with commit a4d18c4. Of the transformers library, which RAE needs, a stand-in of a dozen lines is enough for the decoder and for the
 tokenizer around it; the encoder is compared with the real one (4.56.2, as RAE's requirements say) where it is installed. All weights are random.
 """
 import dataclasses
+import importlib
 import importlib.util
 import json
 import os
+import re
 import sys
 import types
 from pathlib import Path
 
 import pytest
+import rae_case
 import torch
 from formats import shapes, synthetic
 from torch import nn
 
+from vtp.run import root
 from vtp.tokenizers.frozen import FrozenTokenizer, RAEDecoder, RAEDecoderConfig, positions, rae_decoder
 from vtp.tokenizers.pretrained import fill
 from vtp.tokenizers.released_rae import Layout, RAERelease, decoder_names, dinov2, fill_dinov2
@@ -217,3 +223,38 @@ def test_the_encoder_is_that_of_transformers(tmp_path):
     with torch.device("meta"):
         base = transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(image_size=518, patch_size=14))
     assert {key: tuple(t.shape) for key, t in base.state_dict().items()} == {key: shape for key, (shape, _) in shapes("dinov2_registers", "base").items()}
+
+
+def write_golden(name, values):
+    "The last entry of a format's file: numbers with seven digits."
+    path, mark = root() / f"data/formats/{name}.json", ',\n "golden": '
+    before, found, _ = path.read_text().partition(mark)
+    plain = {key: json.loads(re.sub(r"-?\d+\.\d+(e-?\d+)?", lambda number: f"{float(number[0]):.7g}", json.dumps(value.tolist()))) for key, value in values.items()}
+    path.write_text((before if found else before.rstrip().removesuffix("}").rstrip()) + mark + json.dumps(plain) + "\n}\n")
+
+
+@needs_rae
+def test_the_whole_published_code(monkeypatch, tmp_path):
+    "RAE's own class around transformers' own DINOv2, both reading the files of a release in small."
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: RAE's encoder can't be run")
+    monkeypatch.syspath_prepend(str(Path(RAE) / "src"))
+    for name in ("stage1", "stage1.rae", "stage1.encoders", "stage1.decoders"): monkeypatch.delitem(sys.modules, name, raising=False)
+    rae = importlib.import_module("stage1.rae")
+    decoder = transformers.ViTMAEConfig(**json.loads((Path(RAE) / "configs/decoder/ViTXL/config.json").read_text()))
+    decoder.decoder_hidden_size, decoder.decoder_num_hidden_layers, decoder.decoder_num_attention_heads, decoder.decoder_intermediate_size, _ = dataclasses.astuple(rae_case.SIZE)
+    (tmp_path / "decoder").mkdir(), decoder.save_pretrained(tmp_path / "decoder")
+    table = torch.from_numpy(importlib.import_module("stage1.decoders.decoder").get_2d_sincos_pos_embed(24, 4, add_cls_token=True)).float()
+    release = rae_case.write(tmp_path, table[None])
+    theirs = rae.RAE("Dinov2withNorm", str(tmp_path / "encoder"), 28, dict(dinov2_path=str(tmp_path / "encoder")), str(tmp_path / "decoder"), 4, str(tmp_path / "model.pt"), normalization_stat_path=str(tmp_path / "stat.pt")).eval()
+    ours, image = release.load().tokenizer, rae_case.image()
+    with torch.no_grad():
+        theirs.do_normalization = False
+        tokens = theirs.encode(image).flatten(2).mT
+        theirs.do_normalization = True
+        z = theirs.encode(image)
+        wanted = rae_case.numbers(table, tokens, z, theirs.decode(z))
+        found = rae_case.numbers(positions((4, 4), 24), ours.embed(image).patches, ours.encode(image), ours.decode(ours.encode(image)))
+    if os.environ.get("RAE_GOLDEN"):
+        write_golden("dinov2_registers", {name: wanted[name] for name in ("tokens", "z")})
+        write_golden("rae_decoder", {name: wanted[name] for name in ("positions", "decoded")})
+    assert all(largest(found[name], wanted[name]) < 1e-5 for name in wanted)

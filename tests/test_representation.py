@@ -1,5 +1,6 @@
 """Frozen representations: timm's own features, any checkpoint of ours, exact statistics in any number of processes."""
 import copy
+import signal
 from dataclasses import replace
 from functools import partial
 
@@ -12,6 +13,7 @@ from torch import nn
 
 import vtp.tokenizers.statistics as package
 from vtp.config import dumps, loads
+from vtp.data.samples import Bad
 from vtp.data.shapes import Shapes
 from vtp.finetune_decoder import FinetuneDecoder
 from vtp.job import At, Machine, inputs, launch, run_of
@@ -86,6 +88,9 @@ def test_what_is_not_the_networks_is_refused(tmp_path, capsys):
         save_file(broken, tmp_path / "broken.safetensors")
         with pytest.raises(ValueError, match=words):
             replace(good, weights=str(tmp_path / "broken.safetensors")).check()
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="holds a list"):
+        replace(good, weights=str(tmp_path / "list.pth")).check()
     torch.save({"model": Evil()}, tmp_path / "evil.pth")
     with pytest.raises(ValueError, match="refused"):
         replace(good, weights=str(tmp_path / "evil.pth")).check()
@@ -100,6 +105,29 @@ def test_what_is_not_the_networks_is_refused(tmp_path, capsys):
             replace(good, **changes)
     with pytest.raises(ValueError, match="resize or crop to 32×32 or 48×48"):
         good.build()(torch.rand(1, 3, 40, 40))
+
+
+@pytest.mark.parametrize("suffix, wrap", [(".safetensors", None), (".pth", lambda state: {"model": state}), (".pth", lambda state: {"state_dict": state}), (".pth", lambda state: {f"visual.trunk.{k}": v for k, v in state.items()})])
+@pytest.mark.parametrize("options, words", [(dict(img_size=96), r"pos_embed is \(1, 37, 64\), not \(1, 101, 64\): another grid"), (dict(patch_size=8, img_size=80), r"patch_embed.proj.weight is \(64, 3, 8, 8\), not \(64, 3, 16, 16\): another patch")])
+def test_weights_of_another_grid_or_patch_are_not_resampled(tmp_path, suffix, wrap, options, words):
+    other = weights(tmp_path, suffix=suffix, wrap=wrap, **options)[0]
+    with pytest.raises(ValueError, match=words):
+        TimmRepresentation("test_vit", other, image_size=32).check()
+    own, network = weights(tmp_path, suffix=suffix, wrap=wrap, seed=1)
+    found = TimmRepresentation("test_vit", own, image_size=32).build()
+    assert torch.equal(found.trunk.network.pos_embed, network.pos_embed) and torch.equal(found.trunk.network.patch_embed.proj.weight, network.patch_embed.proj.weight)
+
+
+def test_the_authors_dinov2_with_registers_has_one_position_more(tmp_path):
+    "Theirs is that of the class token, which timm adds to the token."
+    network = timm.create_model("vit_small_patch14_reg4_dinov2.lvd142m", num_classes=0)
+    state = {name.replace("reg_token", "register_tokens"): tensor for name, tensor in network.state_dict().items()} | {"mask_token": torch.zeros(1, 384), "pos_embed": torch.rand(1, 1370, 384)}
+    torch.save(state, tmp_path / "dinov2.pth")
+    found = TimmRepresentation("vit_small_patch14_reg4_dinov2.lvd142m", str(tmp_path / "dinov2.pth")).build().trunk.network
+    assert torch.equal(found.pos_embed, state["pos_embed"][:, 1:]) and torch.equal(found.cls_token, network.cls_token + state["pos_embed"][:, :1])
+    torch.save(state | {"pos_embed": torch.rand(1, 257, 384)}, tmp_path / "dinov2.pth")
+    with pytest.raises(ValueError, match="another grid"):
+        TimmRepresentation("vit_small_patch14_reg4_dinov2.lvd142m", str(tmp_path / "dinov2.pth")).check()
 
 
 def test_offline_the_command_is_named(monkeypatch):
@@ -194,3 +222,69 @@ def test_statistics_refuse_what_they_cannot_do(tmp_path):
             statistics(tmp_path, **changes)
     with pytest.raises(ValueError, match="ask for 1 … 30"):
         launch(statistics(tmp_path, samples=31), machine=HERE)
+
+
+def test_statistics_finish_their_slice_when_told_to_stop(tmp_path, monkeypatch):
+    found, step, seen = statistics(tmp_path), package._slice, []
+
+    def stopped(*args):
+        seen.append(args)
+        if len(seen) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return step(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(package, "_slice", stopped)
+        with pytest.raises(InterruptedError, match="launch again to continue"):
+            launch(found, machine=HERE)
+        assert len(seen) == 2 and len(list((run_of(found).path / "slices").glob("*.safetensors"))) == 2
+        launch(found, machine=HERE)
+        assert len(seen) == 4
+    whole = tensors_of(found)
+    monkeypatch.setenv("VTP_RUNS", str(tmp_path / "again"))
+    launch(found, machine=HERE)
+    assert tensors_of(found) == whole
+
+
+def test_statistics_of_other_weights_are_refused(tmp_path):
+    found = statistics(tmp_path)
+    launch(found, machine=HERE)
+    representation = found.representation.build()
+    assert found.measured_with(representation).keys() == {"mean", "var"}
+    other = TimmRepresentation("test_vit", weights(tmp_path, seed=1)[0], image_size=32, affine=False).build()
+    with pytest.raises(ValueError, match=f"was measured with representation {representation.hash}, but here is {other.hash}"):
+        found.measured_with(other)
+
+
+@pytest.mark.parametrize("bad, passes", [(11, False), (10, True)])
+def test_too_many_bad_images_are_an_error(tmp_path, monkeypatch, bad, passes):
+    found, reader = statistics(tmp_path, bad_rate=0.0), type(Shapes(count=30, size=32).open())
+    whole = reader.read
+    monkeypatch.setattr(reader, "read", lambda self, indices, *rest: [Bad("", "", "torn") if i < bad else pair for i, pair in zip(indices, whole(self, indices, *rest), strict=True)])
+    if not passes:
+        with pytest.raises(RuntimeError, match="11 of 30 images were bad, more than bad_rate=0.0"):
+            launch(found, machine=HERE)
+        with pytest.raises(FileNotFoundError):
+            found.load()
+        return
+    launch(found, machine=HERE)
+    row, = run_of(found).rows()
+    assert (row["images"], row["skipped"]) == (20, 10)
+    mean = found.load()["mean"]
+    monkeypatch.setattr(reader, "read", whole)
+    images = torch.stack([torch.from_numpy(pair.image) for pair in found.data.open().read(range(10, 30), range(10, 30))]).movedim(-1, 1) / 255
+    with torch.no_grad():
+        torch.testing.assert_close(found.representation.build().patches(images).mean(0), mean, rtol=1e-4, atol=1e-5)
+
+
+def test_a_source_that_lists_too_much_as_unusable_is_refused_at_once(tmp_path, monkeypatch):
+    opened = Shapes.open
+
+    def torn(self):
+        reader = opened(self)
+        reader.bad = [Bad("", "shard", "torn")] * 11
+        return reader
+
+    monkeypatch.setattr(Shapes, "open", torn)
+    with pytest.raises(ValueError, match="11 of 41 samples can't be used"):
+        launch(statistics(tmp_path), machine=HERE)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from ..config import digest
 from ..dist import sum_ranks, world
 from ..interfaces import Objective, Tokenizer
 from .adversarial import adaptive_weight
@@ -82,8 +83,9 @@ class DistillationLoss(Objective):
         found = twin.grid_of(size, size)
         if found != grid:
             raise ValueError(f"rec: an image of {size} pixels has {grid[0]}×{grid[1]} latents, but {found[0]}×{found[1]} tokens in the representation: set stride={size // grid[0]} in representation")
-        self.config, self.rec, self.frozen, self.monitor = config, rec, (), {}
+        self.config, self.rec, self.frozen, self.digests, self.monitor = config, rec, (), None, {}
         self.proj = nn.Linear(tokenizer.latent_shape[0], twin.width, bias=False)
+        self.register_buffer("origin", torch.zeros(10, dtype=torch.uint8))           # digests of the representation's weights and config; 0: not read yet
 
     def terms(self, decoded, image): return self.rec.terms(decoded, image)
 
@@ -92,12 +94,31 @@ class DistillationLoss(Objective):
         for module in self.frozen: module._apply(fn)
         return super()._apply(fn, recurse)
 
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        if self.digests is not None: self._agree()
+
+    def _agree(self):
+        "Note which representation this is. Raises ValueError for a state that knows other weights under the same config."
+        before, now = self.origin.tolist(), self.digests.tolist()
+        if before[5:] == now[5:] and before != now:
+            raise ValueError(f"rec: this state was trained towards representation {bytes(before[:5]).hex()}, but here is {bytes(now[:5]).hex()}: "
+                             f"put the weights of {self.config.representation.label} back, or remove the run and launch again to train towards these")
+        self.origin.copy_(self.digests)
+
     @torch.no_grad()
     def features(self, image:torch.Tensor) -> torch.Tensor:
-        "Images (B, 3, H, W) in [0, 1] → the representation's patch tokens (B, N, C)."
-        if not self.frozen:
-            with torch.random.fork_rng(devices=[]), torch.device("meta" if image.is_meta else "cpu"): self.frozen = self.config.representation.build().to(image.device, image.dtype),
+        "Images (B, 3, H, W) in [0, 1] → the representation's patch tokens (B, N, C). Raises ValueError if a state that was loaded is of another representation."
+        if not self.frozen: self.frozen = self._read(image.is_meta).to(image.device, image.dtype),
         return _wide(self.frozen[0](image).patches)
+
+    def _read(self, meta:bool) -> nn.Module:
+        "The representation on the CPU, agreed with; shapes alone on the meta device."
+        with torch.random.fork_rng(devices=[]), torch.device("meta" if meta else "cpu"): found = self.config.representation.build()
+        if not meta:
+            self.digests = torch.tensor(list(bytes.fromhex(found.hash + digest(self.config.representation))), dtype=torch.uint8)
+            self._agree()
+        return found
 
 # %% ../../nbs/41_distillation.ipynb #fccc83c0
 def _latent(self:DistillationLoss, tokenizer:Tokenizer, batch:dict) -> tuple[torch.Tensor, torch.Tensor]:

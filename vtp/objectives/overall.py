@@ -27,11 +27,13 @@ def others(rows:torch.Tensor, total:int) -> torch.Tensor:
 
 # %% ../../nbs/35_overall.ipynb #c4ec35be
 class Overall(nn.Module):
-    "A tokenizer and its objectives. Raises ValueError for two objectives of one name, or none."
+    "A tokenizer and its objectives. Raises ValueError for two objectives of one name, or none, and for an encoder that can't be trained."
     def __init__(self, tokenizer:Tokenizer, objectives:tuple[ObjectiveConfig, ...]):
         super().__init__()
         names = [o.name for o in objectives]
         if not names or len(set(names)) < len(names): raise ValueError(f"objectives {names} must be one or more, each name once")
+        if not any(p.requires_grad for name, p in tokenizer.named_parameters() if not name.startswith(tokenizer.decoding)):
+            raise ValueError(f"the encoder of {type(tokenizer).__name__} is frozen, and every checkpoint would hold it: train its decoder alone, by FinetuneDecoder(At(Untrained(tokenizer)), …)")
         self.tokenizer = tokenizer
         self.objectives = nn.ModuleDict({o.name: o.build(tokenizer) for o in objectives})
         self.shares = same_pixels(objectives) and hasattr(getattr(tokenizer, "encoder", None), "squeeze")   # a trunk with a bottleneck behind it

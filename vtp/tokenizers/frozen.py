@@ -19,10 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..dist import is_main
 from ..interfaces import Tokenizer
-from ..job import Job
+from ..job import Job, run_of
 from ..run import Run
 from .representation import OwnTrunk, TimmRepresentation
-from .statistics import LatentStatistics
 from ..vit import Tokens
 
 # %% ../../nbs/42_frozen_encoder.ipynb #784ebf1c
@@ -99,12 +98,12 @@ class FrozenConfig:
     representation:TimmRepresentation|OwnTrunk = TimmRepresentation("vit_base_patch14_reg4_dinov2.lvd142m", resize="bicubic", affine=False)
     decoder:RAEDecoderConfig = RAEDecoderConfig()
     noise:float = .8                        # τ, the largest deviation of the noise that the decoder is trained with
-    statistics:LatentStatistics|None = None # normalise each channel and position; None: tokens as they are
+    statistics:Job|None = None              # a LatentStatistics: normalise each channel and position; None: tokens as they are
     eps:float = 1e-5                        # added to the variance there
 
     def __post_init__(self):
         if self.noise < 0 or self.eps <= 0: raise ValueError(f"noise={self.noise} must be at least 0 and eps={self.eps} positive")
-        if self.statistics and self.statistics.representation != self.representation: raise ValueError("statistics are of another representation: LatentStatistics.representation must be this one")
+        if self.statistics and getattr(self.statistics, "representation", None) != self.representation: raise ValueError("statistics are of another representation: LatentStatistics.representation must be this one")
 
     @property
     def image_size(self) -> int: return self.representation.image_size
@@ -117,13 +116,13 @@ class FrozenConfig:
     def spent(self) -> dict[str, float]: return self.representation.spent()
 
     def build(self) -> "FrozenTokenizer":
-        "The representation with its weights and a fresh decoder; on the meta device shapes alone, and no file is read."
+        "The representation with its weights and a fresh decoder; on the meta device shapes alone, and no file is read. Raises ValueError if the statistics were measured with other weights."
         meta, representation = torch.get_default_device().type == "meta", self.representation.build()
         tokenizer = FrozenTokenizer(representation, self.decoder, self.noise)
         tokenizer.config = self
         if self.statistics:
             blank = torch.ones(representation.width, *representation.grid)
-            tokenizer.normalise(**({"mean": blank, "var": blank} if meta else self.statistics.load()), eps=self.eps)
+            tokenizer.normalise(**({"mean": blank, "var": blank} if meta else self.statistics.measured_with(representation)), eps=self.eps)
         return tokenizer
 
 @lru_cache(maxsize=64)
@@ -221,7 +220,13 @@ class Untrained(Job):
             torch.manual_seed(self.seed)
             return Alone(self.tokenizer.build()).to(where)
 
-    def load(self, step:int|None=None, where="cpu") -> Alone: return self.build(where).eval()
+    def load(self, step:int|None=None, where="cpu") -> Alone:
+        "The model in evaluation mode. Raises ValueError if its encoder is not the one that a run has written down."
+        model, run = self.build(where).eval(), run_of(self)
+        known = [row["encoder"] for row in run.rows()]
+        if known and known[-1] != (found := model.tokenizer.encoder_hash()):
+            raise ValueError(f"{run.path.name} was made with encoder {known[-1]}, but here is {found}: put those weights back, or remove {run.path} and what was trained on it")
+        return model
 
     def __call__(self, run:Run) -> bool:
         "Write down which encoder this was."

@@ -6,7 +6,6 @@
 __all__ = ['Layout', 'decoder_names', 'dinov2', 'fill_dinov2', 'RAERelease', 'RAETokenizerConfig']
 
 # %% ../../nbs/43c_released_rae.ipynb #128fc620
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from .frozen import FrozenTokenizer, RAEDecoder, RAEDecoderConfig
-from .pretrained import Model, Released, fetched, fill, read_tensors
+from .pretrained import Absent, Model, Released, fetched, fill, read_json, read_tensors
 from .representation import Representation, TimmTrunk, without_affine
 
 # %% ../../nbs/43c_released_rae.ipynb #9d4e63c8
@@ -94,8 +93,14 @@ class RAERelease(Released):
     def tokenizer(self) -> "RAETokenizerConfig": return RAETokenizerConfig(self)
 
     def label(self) -> str: return "-".join(["rae", Path(self.encoder).name, *Path(self.decoder).parts[-2:-1]])
-    def path(self, name:str) -> Path: return fetched(self.encoder, name, self.encoder_revision) if name in self.encoder_files else fetched(self.source, name, self.revision)
-    def described(self, name:str) -> dict: return json.loads(self.path(name).read_text())
+    def path(self, name:str) -> Path:
+        "A file of `source`, or of `encoder`. Raises FileNotFoundError that says how to get it, and which field it is for."
+        if name not in self.encoder_files: return fetched(self.source, name, self.revision)
+        try: return fetched(self.encoder, name, self.encoder_revision)
+        except Absent as error:
+            raise FileNotFoundError(error.why + (f". Where there is a network:\n    {error.command}\nthen give that folder as the field encoder." if error.command else "")) from error
+
+    def described(self, name:str) -> dict: return read_json(self.path(name))
 
     def assemble(self) -> Model:
         "The model with its weights; on the meta device shapes alone, for which the encoder's `config.json` is read and no weights."

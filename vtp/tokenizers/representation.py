@@ -151,20 +151,27 @@ def _network(self:TimmRepresentation) -> nn.Module:
     if isinstance(network.norm, nn.Identity): raise ValueError(f"{self.model} has no norm after its last block, only after pooling: its tokens are not a representation")
     return network
 
+def _on_hub(repository:str, name:str) -> Path:
+    "A file on the Hub: the cached copy, or a download. Raises FileNotFoundError for what can be had from neither."
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError, HTTPError
+    try: return Path(hf_hub_download(repository, name, local_files_only=True))
+    except EntryNotFoundError: pass                                           # not in the cache: ask the network
+    try:
+        get_hf_file_metadata(hf_hub_url(repository, name))                    # once: where there is no network, the download itself would ask for half a minute
+        return Path(hf_hub_download(repository, name))
+    except (HTTPError, OSError) as error: raise FileNotFoundError(str(error).strip().splitlines()[0][:120].strip(" .")) from error
+
 def _file(self:TimmRepresentation, published) -> Path:
     "The file of weights: the one named, the Hub's cached copy, or a download."
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
     repository, name = published.get("hf_hub_id"), published.get("hf_hub_filename") or "model.safetensors"
     ask = dict(model=self.model, id=repository, name=name)
     if self.weights is not None:
         if not (file := resolve(self.weights)).is_file(): raise FileNotFoundError(_ADVICE.format(**ask, error=f"no file {self.weights}"))
         return file
     if not repository: raise ValueError(f"timm knows no published weights of {self.model}: name a file in weights, or a model with a tag, e.g. vit_large_patch16_224.mae")
-    for offline in (True, False):
-        try: return Path(hf_hub_download(repository, name, local_files_only=offline))
-        except (HfHubHTTPError, OSError) as error:
-            if not offline: raise FileNotFoundError(_ADVICE.format(**ask, error=str(error).splitlines()[0][:120].strip(" ."))) from error
+    try: return _on_hub(repository, name)
+    except FileNotFoundError as error: raise FileNotFoundError(_ADVICE.format(**ask, error=error)) from error
 
 TimmRepresentation._network, TimmRepresentation._file = _network, _file
 
@@ -174,17 +181,35 @@ def _read(file:Path) -> dict:
 
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-    try: return load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
+    try: held = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error: raise ValueError(f"{file.name} holds more than data, and reading it would run code: it is refused. Save its state dict with safetensors.torch.save_file") from error
     except (SafetensorError, RuntimeError, EOFError) as error: raise ValueError(f"{file.name} is not a whole file of weights ({str(error)[:100]}): fetch it again") from error
+    if not isinstance(held, dict): raise ValueError(f"{file.name} holds a {type(held).__name__}, not a state dict")
+    return held
+
+# %% ../../nbs/40a_representation.ipynb #854065bf
+_NAMES = {"patch_embed.proj.weight": ("patch_embed.proj.weight", "visual.conv1.weight"), "pos_embed": ("pos_embed", "visual.positional_embedding")}     # in timm's and the authors' layouts
+
+def _same_sizes(network:nn.Module, held:dict, what:str):
+    "Raises ValueError, with both shapes, for weights of another patch or grid: timm would resample them, and they would load."
+    for part in ("model_ema", "model", "module", "state_dict", "encoder"): held = held.get(part, held)
+    shared, own = int(getattr(network, "no_embed_class", False) and network.has_class_token), network.state_dict()    # the authors' class token has a position, too
+    for key in [key for key in _NAMES if key in own]:
+        found = min((name for name in held if f".{name}".endswith(tuple(f".{each}" for each in _NAMES[key]))), key=len, default=None)
+        if found is None: raise ValueError(f"{what}: it has no {key}")
+        theirs, ours = tuple(held[found].shape), tuple(own[key].shape)
+        if theirs[-2] not in (ours[-2], ours[-2] + shared) if key == "pos_embed" else theirs[2:] != ours[2:]:
+            raise ValueError(f"{what}: {found} is {theirs}, not {ours}: another {'grid' if key == 'pos_embed' else 'patch size'}, so another network")
 
 def _strictly(network:nn.Module, file:Path, model:str):
     "Give the network the weights in a file, in timm's or the authors' layout, a classifier left out. Raises ValueError if they are not exactly its own."
     import sys
-    tensors = sys.modules[type(network).__module__].checkpoint_filter_fn(_read(file), network)
+    held, what = _read(file), f"{file.name} does not hold the weights of {model}"
+    _same_sizes(network, held, what)
+    tensors = sys.modules[type(network).__module__].checkpoint_filter_fn(held, network)
     classifier = network.pretrained_cfg.get("classifier") or "head"
     try: network.load_state_dict({key: tensor for key, tensor in tensors.items() if key.rpartition(".")[0] != classifier})
-    except RuntimeError as error: raise ValueError(f"{file.name} does not hold the weights of {model}: {' '.join(str(error).split())[:400]}") from error
+    except RuntimeError as error: raise ValueError(f"{what}: {' '.join(str(error).split())[:400]}") from error
 
 
 
