@@ -66,7 +66,12 @@ def test_latents_are_normalised_with_measured_statistics():
         assert z.mean((0, 2, 3)).abs().max() < 1e-3 and (z.std((0, 2, 3)) - 1).abs().max() < 1e-2
         mean, std = (torch.tensor(found[name], dtype=torch.float32).view(1, -1, 1, 1) for name in ("mean", "std"))
         assert torch.equal(z, (tokenizer.encode((x + 1) / 2) - mean) / std) and torch.equal(vae.decode(z).sample, 2 * tokenizer.decode(z * std + mean) - 1)
-    assert vae.config.latents_mean == found["mean"] and vae.config.scaling_factor == 1
+    assert vae.config.inside_mean == found["mean"] and vae.config.scaling_factor == 1 and vae.config.latents_mean is vae.config.latents_std is None
+    theirs = diffusers_vae(tokenizer, found["mean"], found["std"], normalise="pipeline")       # what pipelines do that read the config
+    assert theirs.config.latents_mean == found["mean"] and theirs.config.latents_std == found["std"] and theirs.config.inside_mean is None
+    with torch.no_grad():
+        assert torch.equal((theirs.encode(x).latent - mean) / std, z) and torch.equal(theirs.decode(z * std / theirs.config.scaling_factor + mean).sample, vae.decode(z).sample)
+    with pytest.raises(ValueError, match="normalise='both' must be"): diffusers_vae(tokenizer, found["mean"], found["std"], normalise="both")
     for wrong in ((found["mean"], None), (None, found["std"]), (found["mean"][:2], found["std"][:2]), (found["mean"], [0.0] * 8)):
         with pytest.raises(ValueError, match="latents_mean and latents_std"): diffusers_vae(tokenizer, *wrong)
 
@@ -103,6 +108,57 @@ def test_the_image_processor_and_a_pipeline():
     pipeline.set_progress_bar_config(disable=True)
     pictures = pipeline(2, torch.Generator().manual_seed(0), num_inference_steps=2).images
     assert [picture.size for picture in pictures] == [(16, 16)] * 2
+
+
+def test_the_contract_of_diffusers_vaes():
+    import inspect
+    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.vae import AutoencoderMixin
+    tokenizer, x = cnn(), 2 * IMAGES - 1
+    vae = diffusers_vae(tokenizer)
+    assert isinstance(vae, AutoencoderMixin) and not vae.training and (vae.config.force_upcast, vae.config.in_channels, vae.config.out_channels) == (False, 3, 3)
+    assert list(inspect.signature(vae.forward).parameters) == list(inspect.signature(AutoencoderKL.forward).parameters)[1:]
+    noise = lambda: torch.Generator().manual_seed(3)
+    drawn = vae(x, sample_posterior=True, generator=noise()).sample
+    assert torch.equal(drawn, vae.decode(vae.encode(x).latent_dist.sample(noise())).sample) and not torch.equal(drawn, vae(x).sample) and torch.equal(vae(x, False, False)[0], vae(x).sample)
+    sizes, whole = [], (vae.encode(x).latent, vae(x).sample)
+    counted = {name: getattr(tokenizer, name) for name in ("posterior", "decode")}
+    for name, call in counted.items(): setattr(tokenizer, name, lambda images, call=call: (sizes.append(len(images)), call(images))[1])
+    vae.enable_slicing()
+    sliced = vae.encode(x).latent, vae(x).sample
+    assert sizes == [1] * 12 and all(torch.allclose(a, b, atol=1e-5) for a, b in zip(sliced, whole))
+    vae.disable_slicing()
+    vae.encode(x)
+    assert sizes[12:] == [4]
+    with pytest.raises(NotImplementedError): vae.enable_tiling()
+    far = 50 * whole[0]
+    for name in counted: delattr(tokenizer, name)
+    assert vae.decode(far).sample.abs().max() > 1 and torch.equal(vae.decode(far).sample, 2 * tokenizer.decode(far) - 1)      # not clamped
+
+
+@pytest.mark.parametrize("kind", ["VTP", "CNN", "RAE"])
+def test_a_saved_vae_needs_no_run(kind, tmp_path, monkeypatch):
+    if kind == "RAE":
+        small = job((rec(),), steps=2)
+        launch(small, machine=HERE)
+        tokenizer = Untrained(FrozenConfig(OwnTrunk(At(small)), RAEDecoderConfig(width=32, depth=1, heads=2, hidden=64, patch=4))).load().tokenizer
+    else: tokenizer = cnn() if kind == "CNN" else model().tokenizer
+    vae, x = diffusers_vae(tokenizer), 2 * IMAGES - 1
+    own = set(tokenizer.state_dict())
+    vae.save_pretrained(tmp_path / "vae")
+    assert set(tokenizer.state_dict()) == own                                      # what it shares is as it was
+    monkeypatch.setenv("VTP_RUNS", str(tmp_path / "elsewhere"))
+    with torch.no_grad():
+        again = autoencoder_class().from_pretrained(tmp_path / "vae")
+        assert not again.training and not again.model.training and torch.equal(again.encode(x).latent, vae.encode(x).latent) and torch.equal(again(x).sample, vae(x).sample)
+        bare = autoencoder_class().from_config(autoencoder_class().load_config(tmp_path / "vae"))
+        assert all(p.is_meta for p in bare.parameters())                           # no weights, no numbers
+        bare.load_state_dict(vae.state_dict())
+        assert torch.equal(bare(x).sample, vae(x).sample)
+        half = autoencoder_class().from_pretrained(tmp_path / "vae", dtype=torch.bfloat16)
+        assert {p.dtype for p in half.parameters()} == {torch.bfloat16} and (half(x.bfloat16()).sample.float() - vae(x).sample).abs().max() < 0.1
+    tensors = vae.state_dict()
+    with pytest.raises(RuntimeError, match="(?i)missing"): bare.load_state_dict(dict(list(tensors.items())[:-1]))
 
 
 def test_diffusers_saves_and_loads_it(tmp_path):
@@ -150,6 +206,8 @@ def test_open_clips_names(loss, tap):
     assert found.logit_scale is objective.logit_scale and (found.logit_bias is None) == (loss == "clip")
     out = found(IMAGES, ids)
     assert len(out) == (3 if loss == "clip" else 4) and torch.equal(out[2], objective.logit_scale.exp())
+    alone, words = found(IMAGES), found(text=ids)
+    assert alone[1] is words[0] is None and torch.equal(alone[0], out[0]) and torch.equal(words[1], out[1])
     assert {id(p) for p in found.parameters()} == {id(p) for p in whole.parameters()}
 
 
@@ -205,6 +263,26 @@ def test_timms_names():
     same = timm.data.create_transform(**config)(Image.fromarray(render(Shapes(size=16), [3])[0]))
     assert torch.equal(same, IMAGES[3])                                            # nothing but [0, 1]
     assert (found.num_features, found.embed_dim, found.num_prefix_tokens, found.num_classes) == (32, 32, 3, 0)
+
+
+def test_intermediates_are_as_timm_returns_them():
+    import timm
+    found = Features(model()).eval()
+    theirs = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=0).eval()
+    with torch.no_grad():
+        for options in (dict(indices=[1, 0]), dict(indices=[0], stop_early=True), dict(indices=2, output_fmt="NLC"), dict(indices=[0], output_dict=True, return_prefix_tokens=True), dict(output_dict=True, intermediates_only=True), dict(intermediates_only=True, norm=True)):
+            ours, timms = (part.forward_intermediates(x, **options) for part, x in ((found, IMAGES), (theirs, torch.rand(4, 3, 32, 32))))
+            shapes = lambda value: {k: shapes(v) for k, v in value.items()} if isinstance(value, dict) else [shapes(v) for v in value] if isinstance(value, (list, tuple)) else value.ndim
+            assert shapes(ours) == shapes(timms), options
+        both = found.forward_intermediates(IMAGES, intermediates_only=True)
+        for asked in ([1, 0], [-1, 0], [0, 1, 1]): assert all(torch.equal(a, b) for a, b in zip(found.forward_intermediates(IMAGES, asked, intermediates_only=True), both, strict=True))
+        calls = []
+        handle = found.model.encoder.trunk.blocks[1].register_forward_hook(lambda *_: calls.append(1))
+        final, (first,) = found.forward_intermediates(IMAGES, [0], norm=True, stop_early=True, output_fmt="NLC")
+        assert not calls and torch.equal(final[:, 3:], first)
+        handle.remove()
+        flat, square = (found.get_intermediate_layers(WIDE, reshape=reshape, norm=True)[0] for reshape in (False, True))
+        assert flat.shape == (2, 60, 32) and square.shape == (2, 32, 6, 10) and torch.equal(square.flatten(2).mT, flat)
 
 
 def test_a_classifier_trains_on_top():

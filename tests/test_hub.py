@@ -4,6 +4,7 @@ import shutil
 import socket
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -13,19 +14,23 @@ from safetensors.torch import load_file, save_file
 from tiny import HERE, PART, clip, job, rec, ssl, stop_at
 
 import vtp.finetune_decoder as tuning
-from vtp.config import loads
+import vtp.training_state as state
+from vtp.config import dumps, loads
 from vtp.data.shapes import Shapes
+from vtp.evaluation.generation import GenerationQuality
 from vtp.evaluation.protocol import Evaluate
 from vtp.evaluation.reconstruction import ReconstructionQuality
 from vtp.evaluation.zero_shot import ZeroShot
 from vtp.finetune_decoder import FinetuneDecoder
+from vtp.generation.dit import DiTConfig
 from vtp.generation.latents import CacheLatents, read_statistics
-from vtp.hub import Parts, Published, from_pretrained, load_training, parts_of, push_to_hub, push_training, release, save_pretrained, save_training, tensors_of
+from vtp.generation.train import TrainDiT
+from vtp.hub import Parts, Published, from_pretrained, load_training, measurements, parts_of, push_to_hub, push_training, release, save_pretrained, save_training, tensors_of
 from vtp.interfaces import Tokenizer
 from vtp.job import At, launch, load, run_of
 from vtp.objectives.adversarial import Adversarial, PatchGAN
 from vtp.optim import OptimConfig
-from vtp.run import runs
+from vtp.run import hash_file, locked, runs
 from vtp.tokenizers.frozen import Alone, FrozenConfig, RAEDecoderConfig, Untrained
 from vtp.tokenizers.ldm_cnn import CNNConfig
 from vtp.tokenizers.official import OfficialModel
@@ -154,7 +159,7 @@ def test_the_official_format(tmp_path):
     text = (folder / "README.md").read_text()
     assert f"Encoder hash `{model.tokenizer.encoder_hash()}`" in text and "computes it in bf16" in text and "| rPSNR |" in text
     released = (save_pretrained(release(folder), tmp_path / "ours") / "README.md").read_text()
-    assert f"those that `{folder}` has released" in released and equal(answers(from_pretrained(tmp_path / "ours"), image), answers(model, image))
+    assert "those of `official`, which was in a folder" in released and str(tmp_path) not in released and not (tmp_path / "ours/training.json").exists() and equal(answers(from_pretrained(tmp_path / "ours"), image), answers(model, image))
     for name, found in answers(load(small), image).items():
         assert torch.allclose(answers(model, image)[name], found, atol=0.05 * float(found.abs().max())), name      # their RoPE is bf16
     with torch.no_grad(): assert torch.equal(model.get_reconstruction_latents(model.tokenizer.encoder.normalise(image)), model.tokenizer.encode(image))
@@ -173,7 +178,8 @@ def test_formats_are_recognised(tmp_path):
         with pytest.raises(ValueError, match=words) as raised: release(folder)
         assert "VILAURelease" in str(raised.value)
     (folder / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
-    assert release(folder, "v1") == SDVAE(str(folder), "v1")
+    assert release(folder) == SDVAE(str(folder))
+    with pytest.raises(ValueError, match="has no revisions"): release(folder, "v1")
 
 
 def test_what_does_not_fit_is_listed(tmp_path):
@@ -182,6 +188,18 @@ def test_what_does_not_fit_is_listed(tmp_path):
     tensors = load_file(file)
     save_file({name: tensor for name, tensor in tensors.items() if "bottleneck" not in name} | {"more": torch.zeros(2), "objectives.clip.logit_scale": torch.zeros(3)}, file)
     with pytest.raises(ValueError, match=r"1 unexpected: more; 1 missing: tokenizer.encoder.bottleneck.weight; 1 misshapen: objectives.clip.logit_scale \(3,\), not \(\)"): from_pretrained(folder)
+    for name in ("objectives.clip.logit_scale", "tokenizer.encoder.bottleneck.weight"):
+        save_file(tensors | {name: tensors[name].half()}, file)
+        with pytest.raises(ValueError, match="holds parameters in torch.float16, torch.float32"): from_pretrained(folder)
+    save_file(tensors | {"tokenizer.decoder.std": torch.ones(2)}, file)
+    with pytest.raises(ValueError, match="1 misshapen: tokenizer.decoder.std"): from_pretrained(folder)
+    save_file(tensors, file)
+    (folder / "config.json").write_text(text.replace('"width": 32', '"width": 3200000'))                 # 80 TB
+    with pytest.raises(ValueError, match="misshapen"): from_pretrained(folder)
+    for junk in ("[]", '"x"', "[" * 100_000, text.replace('"latent": 8', '"latent": "8"'), text.replace('"depth": 2', '"depth": null')):
+        (folder / "config.json").write_text(junk)
+        with pytest.raises(ValueError): from_pretrained(folder)
+    (folder / "config.json").write_text(text)
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match="not a whole safetensors file"): from_pretrained(folder)
     save_file(tensors, file)
@@ -199,7 +217,13 @@ def test_a_release_that_reads_its_own_files_is_refused(tmp_path):
     model = of.build()
     assert isinstance(model, Alone)
     with pytest.raises(ValueError, match="can't be published in our format"): parts_of(model, None, of)
-    assert Parts(of.tokenizer).tokenizer is of.tokenizer
+    hostile = tmp_path / "hostile"
+    hostile.mkdir()
+    (hostile / "config.json").write_text(dumps(Parts(of.tokenizer)))
+    save_file(tensors_of(model), hostile / "model.safetensors")
+    with pytest.raises(ValueError, match="can't be published in our format"): from_pretrained(hostile)
+    for wrong in (dict(tokenizer=3), dict(tokenizer=short()), dict(tokenizer=of.tokenizer, objectives=of.tokenizer), dict(tokenizer=of.tokenizer, objectives=(PART,))):
+        with pytest.raises(ValueError, match="tokenizer must be a tokenizer's config"): Parts(**wrong)
 
 
 def test_any_tokenizer_with_a_config(tmp_path):
@@ -244,12 +268,24 @@ def test_only_numbers_of_the_published_checkpoint(tmp_path):
 
 
 class FakeApi:
-    "Notes what would be sent, and keeps it."
+    "A Hub that is a folder; notes what it is asked to change."
     def __init__(self, calls, folder): self.calls, self.folder = calls, folder
-    def create_repo(self, repo_id, private=None, exist_ok=False): self.calls.append(("create", repo_id, private, exist_ok))
-    def upload_folder(self, repo_id, folder_path, commit_message, delete_patterns):
-        shutil.copytree(folder_path, self.folder / repo_id)
-        self.calls.append(("commit", repo_id, delete_patterns))
+    def create_repo(self, repo_id, private=None, exist_ok=False):
+        self.calls.append(("create", repo_id, private, exist_ok))
+        (self.folder / repo_id).mkdir(parents=True, exist_ok=True)
+        (self.folder / repo_id / ".gitattributes").touch()
+    def repo_info(self, repo_id):
+        root = self.folder / repo_id
+        return SimpleNamespace(sha="head", siblings=[SimpleNamespace(rfilename=str(file.relative_to(root))) for file in root.rglob("*") if file.is_file()])
+    def hf_hub_download(self, repo_id, filename, revision): return str(self.folder / repo_id / filename)
+    def create_commit(self, repo_id, operations, commit_message, parent_commit):
+        gone = []
+        for operation in operations:
+            file = self.folder / repo_id / operation.path_in_repo
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(operation, huggingface_hub.CommitOperationAdd): shutil.copy(operation.path_or_fileobj, file)
+            else: gone.append(operation.path_in_repo); file.unlink()
+        self.calls.append(("commit", repo_id, parent_commit, gone))
         return "the commit"
 
 
@@ -258,7 +294,7 @@ def test_a_push_is_one_commit_and_comes_back_from_the_cache(tmp_path, monkeypatc
     launch(small, machine=HERE)
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: FakeApi(calls, tmp_path))
     assert push_to_hub(small, "someone/model", license="mit") == "the commit" == push_training(small, "someone/training", private=False)
-    assert calls == [("create", "someone/model", True, True), ("commit", "someone/model", ["training.json"]), ("create", "someone/training", False, True), ("commit", "someone/training", ["runs/*"])]
+    assert calls == [("create", "someone/model", True, True), ("commit", "someone/model", "head", []), ("create", "someone/training", False, True), ("commit", "someone/training", "head", [])]
     folder = save_pretrained(small, tmp_path / "local", license="mit", name="someone/model")
     for file in folder.iterdir(): assert (tmp_path / "someone/model" / file.name).read_bytes() == file.read_bytes()
 
@@ -271,6 +307,67 @@ def test_a_push_is_one_commit_and_comes_back_from_the_cache(tmp_path, monkeypatc
     monkeypatch.setenv("VTP_RUNS", str(tmp_path / "elsewhere"))
     assert equal(load_training("someone/training", "v2").at().tensors("model"), before)
     assert asked == {("someone/model", "v1", True), ("someone/training", "v2", True)}       # what is cached asks no network
+
+
+def test_a_push_leaves_what_is_not_ours(tmp_path, monkeypatch):
+    small, calls = short(keep=(2,)), []
+    launch(small, machine=HERE)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: FakeApi(calls, tmp_path))
+    for name, file in (("model", "notes.md"), ("training", "runs/tensorboard/events"), ("other", "config.json"), ("broken", "manifest.json")):
+        (path := tmp_path / "someone" / name / file).parent.mkdir(parents=True)
+        path.write_text('{"model_type": "vtp"}')
+    for push, kind in ((push_to_hub, "model"), (push_training, "training")):
+        for name in ("model", "training", "other", "broken"):
+            with pytest.raises(ValueError, match=f"holds something else than an earlier {kind}"): push(small, f"someone/{name}")
+    assert not any(call[0] == "commit" for call in calls)
+    push_to_hub(small, "someone/model", overwrite=True), push_training(At(small, 2), "someone/training", overwrite=True)
+    push_to_hub(small.build(), "someone/model"), push_training(small, "someone/training")
+    changes = [call[3] for call in calls if call[0] == "commit"]
+    assert changes[:3] == [[], [], ["training.json"]] and changes[3] and all("/step-000000002/" in name for name in changes[3])
+    assert (tmp_path / "someone/model/notes.md").is_file() and (tmp_path / "someone/training/runs/tensorboard/events").is_file()
+    with pytest.raises(ValueError, match="holds something else than an earlier training"): push_training(small, "someone/model")
+    monkeypatch.setenv("VTP_RUNS", str(tmp_path / "elsewhere"))
+    (tmp_path / "someone/training/runs/tensorboard/events").unlink()
+    assert load_training(tmp_path / "someone/training").at().step == 4
+
+
+def test_a_folder_that_holds_something_else_stays_as_it_is(tmp_path, monkeypatch):
+    model = short().build()
+    for name, content in (("config.json", "mine"), ("README.md", "mine"), ("config.json", '{"model_type": "vtp"}'), ("config.json", "[]")):
+        (folder := tmp_path / "folder").mkdir(exist_ok=True)
+        (folder / name).write_text(content)
+        for format in ("vtp", "official"):
+            with pytest.raises(ValueError, match="holds something else"): save_pretrained(model, folder, format=format)
+        assert [file.name for file in folder.iterdir()] == [name] and (folder / name).read_text() == content
+        shutil.rmtree(folder)
+    save_pretrained(model, folder)
+    (folder / "training.json").write_text("of an earlier one")
+    (folder / "notes.md").write_text("mine")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(ValueError, match="can't express"): save_pretrained(short((rec(),)).build(), folder, format="official")
+    with monkeypatch.context() as patched:
+        patched.setattr("vtp.hub.save_file", lambda tensors, path, about: save_file({name: tensor + name.endswith("weight") for name, tensor in tensors.items()}, path, about))
+        with pytest.raises(ValueError, match="does not give back"): save_pretrained(model, folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before and [path.name for path in tmp_path.iterdir()] == ["folder"]
+    save_pretrained(short((rec(),)).build(), folder)
+    assert {file.name for file in folder.iterdir()} == {"README.md", "config.json", "model.safetensors", "notes.md"} and list(from_pretrained(folder).objectives) == []
+    with pytest.raises(ValueError, match="wrap a tokenizer"): save_pretrained(model.tokenizer, tmp_path / "bare")
+    for license in ("MIT", "my own: x\ny", ""):
+        with pytest.raises(ValueError, match="no id of the Hub's"): save_pretrained(model, tmp_path / "bare", license=license)
+
+
+def test_a_generators_numbers_are_of_the_tokenizer_that_decodes():
+    small = short((rec(),))
+    tuned, other = second(At(small)), rae(small)
+    def evaluation(of, *decoders, path=Path("evaluate")):
+        generator = TrainDiT(CacheLatents(At(of), Shapes(count=64, size=16)), DiTConfig(width=32, depth=1, heads=2, channels=8 if of != other else 32), steps=2)
+        evaluators = tuple(GenerationQuality(reference=Shapes(count=64, size=16, split="val"), samples=32, decoder=decoder) for decoder in decoders)
+        job = SimpleNamespace(of=At(generator), evaluators=evaluators)
+        return SimpleNamespace(job=job, path=path, done=True, rows=lambda: [dict(metric="gFD", value=1.0, protocol="x")])
+    own, by_tuned = evaluation(small, None), evaluation(small, At(tuned))
+    assert len(measurements(At(small), [own])) == 1 == len(measurements(At(tuned), [by_tuned])) == len(measurements(At(small, 4), [own]))
+    for of, run in ((small, by_tuned), (tuned, own), (small, evaluation(tuned, None)), (small, evaluation(other, None)), (small, evaluation(small, None, At(tuned))), (tuned, evaluation(small, None, At(tuned)))):
+        with pytest.raises(ValueError, match="another checkpoint"): measurements(At(of), [run])
 
 
 def everything(run):
@@ -396,3 +493,101 @@ def test_what_can_not_be_continued_is_refused(tmp_path):
     (tmp_path / "full").mkdir()
     Path(tmp_path / "full/file").touch()
     with pytest.raises(ValueError, match="not empty"): save_training(small, tmp_path / "full")
+    local = Published(str(save_pretrained(small, tmp_path / "release")))
+    for of in (short(start=At(local)), second(At(local))):
+        with pytest.raises(ValueError, match="starts from release, a release that is only on this machine: push it first") as raised: save_training(of, tmp_path / "published")
+        assert str(tmp_path) not in str(raised.value)
+    with pytest.raises(ValueError, match="Published trains no tokenizer"): save_training(local, tmp_path / "published")
+    assert not (tmp_path / "published").exists()
+
+
+def relisted(folder, **changes):
+    "The published training with a list that fits its files, whatever they are."
+    listed = json.loads((folder / "manifest.json").read_text())
+    files = {str(file.relative_to(folder)): (file.stat().st_size, hash_file(file)) for file in sorted((folder / "runs").rglob("*")) if file.is_file()}
+    (folder / "manifest.json").write_text(json.dumps(listed | {"files": files} | changes))
+    return folder
+
+
+def resealed(checkpoint):
+    "A checkpoint whose own manifest fits its files."
+    (checkpoint / "manifest.json").write_text(json.dumps({f.name: (f.stat().st_size, hash_file(f)) for f in sorted(checkpoint.iterdir()) if f.name != "manifest.json"}))
+
+
+def test_a_published_training_brings_only_what_it_needs(tmp_path, monkeypatch):
+    small = short((rec(),), steps=6, keep=(2,))
+    tuned = second(At(small, 2), keep=(2,))
+    launch(tuned, machine=HERE)
+    done, early = save_training(tuned, tmp_path / "done"), save_training(At(tuned, 2), tmp_path / "early")
+    name, source, victim = run_of(tuned).path.name, run_of(small).path.name, short(seed=7)
+    secret = tmp_path / "secret.txt"
+    secret.write_text("mine")
+
+    def plant(folder): (folder / "runs/x").mkdir(); (folder / "runs/x/config.json").write_text(dumps(victim)); (folder / "runs/x/done").touch()
+    def twice(folder): shutil.copytree(folder / "runs" / name, folder / "runs/zzz")
+    def mark(folder): (folder / "runs" / name / "done").touch()
+    def unmark(folder): (folder / "runs" / source / "done").unlink()
+    def lock(folder): (folder / "runs" / name / "launch.json").touch()
+    def empty(folder): shutil.rmtree(folder / "runs" / name / "checkpoints")
+    def sourceless(folder): shutil.rmtree(folder / "runs" / source)
+    def other_step(folder): (at := folder / "runs" / source / "checkpoints").joinpath("step-000000002").rename(at / "step-000000004")
+    def beyond(folder): shutil.copytree((at := folder / "runs" / name / "checkpoints") / "step-000000002", at / "step-000000004")
+    def empty_handed(folder):
+        for file in (at := next((folder / "runs" / name).rglob("step-*"))).glob("*.safetensors"): file.unlink()
+        resealed(at)
+    def unsealed(folder): next((folder / "runs" / name).rglob("*.safetensors")).write_bytes(b"x")
+    def told(**changes):
+        def tell(folder):
+            file = next((folder / "runs" / name).rglob("state.json"))
+            file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+            resealed(file.parent)
+        return tell
+    def retyped(folder): (folder / "runs" / name / "config.json").write_text(dumps(CacheLatents(At(small), Shapes(count=64, size=16))))
+    def junk(folder): (folder / "runs" / name / "config.json").write_text((folder / "runs" / name / "config.json").read_text().replace('"steps": 6', '"steps": "six"'))
+
+    cases = [(plant, "nothing that the training"), (twice, "same run twice"), (mark, "marked as done, but is at step 2 of 6"), (unmark, "starts from, is not done"), (lock, "is no file of one"), (empty, "must hold the checkpoints"),
+             (sourceless, "starts from a Pretrain"), (other_step, "must hold the checkpoints"), (beyond, "must hold the checkpoints"), (empty_handed, "not a whole checkpoint"), (unsealed, "not a whole checkpoint"), (told(step=4), "not that of its step and rows"),
+             (told(offsets={str(secret): 0}), "not that of its step and rows"), (told(offsets={"metrics.jsonl": 10**9, "quarantine.jsonl": 0}), "not that of its step and rows"), (retyped, "CacheLatents trains no tokenizer"), (junk, "holds no config that can be built")]
+    monkeypatch.setenv("VTP_RUNS", str(tmp_path / "there"))
+    for number, (change, words) in enumerate(cases):
+        change(folder := shutil.copytree(early, tmp_path / f"case{number}"))
+        with pytest.raises(ValueError, match=words): load_training(relisted(folder))
+        shutil.rmtree(folder)
+    with pytest.raises(ValueError, match="must hold the checkpoints of steps .6. and no other"): load_training(relisted(shutil.copytree(early, tmp_path / "step"), step=6))
+    with monkeypatch.context() as patched:
+        patched.setattr(state, "path_of", lambda job: runs() / ".." / "away" / "x")
+        with pytest.raises(ValueError, match="lies outside"): load_training(early)
+    assert not runs().exists() and secret.read_text() == "mine"
+    assert load_training(relisted(early)).at().step == 2 and not run_of(tuned).done and run_of(small).at(2).step == 2
+    assert load_training(done).done
+
+
+def test_junk_lists_are_refused_before_anything_is_fetched(tmp_path, monkeypatch):
+    small = short()
+    launch(small, machine=HERE)
+    folder = save_training(small, tmp_path / "published")
+    listed, asked = json.loads((folder / "manifest.json").read_text()), []
+    def cached(repo_id, filename, revision=None, local_files_only=False): asked.append(filename); return str(folder / filename)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", cached)
+    name = f"runs/{listed['run']}/config.json"
+    texts = ["[]", "{", '"x"', "[" * 100_000, "{}", *(json.dumps(listed | change) for change in (
+        {"run": 3}, {"step": "4"}, {"step": True}, {"files": []}, {"files": {name: 3}}, {"files": {name: ["1", "0"]}}, {"files": {name: [1]}}, {"files": {name + "/\0": [1, "0"]}}, {"files": {"runs/a/../../b": [1, "0"]}},
+        {"files": {"runs//a/b": [1, "0"]}}, {"files": {"runs/a/.b": [1, "0"]}}, {"files": {"runs/a\\..\\b/c": [1, "0"]}}, {"files": {"runs/" + "a" * 400 + "/b": [1, "0"]}}, {"files": {f"runs/a/{i}": [1, "0"] for i in range(20_001)}}))]
+    for text in texts:
+        (folder / "manifest.json").write_text(text)
+        with pytest.raises(ValueError): load_training("someone/training")
+    assert set(asked) == {"manifest.json"}
+
+
+def test_a_run_that_is_being_written_or_is_not_done_is_left_alone(tmp_path, monkeypatch):
+    small = short(steps=8, keep=(2, 4))
+    launch(small, machine=HERE)
+    whole, published, early = save_training(small, tmp_path / "whole"), save_training(At(small, 4), tmp_path / "published"), save_training(At(small, 2), tmp_path / "early")
+    run = run_of(small)
+    (run.path / "done").unlink()
+    with pytest.raises(ValueError, match="at step 8, and is not what was published"): load_training(whole)      # the same checkpoints, but not the mark
+    monkeypatch.setenv("VTP_RUNS", str(tmp_path / "there"))
+    behind = load_training(early)
+    with locked(behind), pytest.raises(RuntimeError, match="is being written by process"): load_training(published)
+    assert run_of(small).at().step == 2 and [path.name for path in runs().iterdir()] == [behind.path.name]
+    assert load_training(published).at().step == 4
