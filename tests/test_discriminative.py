@@ -19,7 +19,7 @@ from vtp.evaluation.trunk_probe import TrunkProbe
 from vtp.evaluation.zero_shot import Retrieval, ZeroShot, text_classifier
 from vtp.job import At, launch, run_of
 from vtp.text import import_open_clip
-from vtp.tokenizers.discriminative import DISCRIMINATIVE, OpenCLIP, TimmModel, release
+from vtp.tokenizers.discriminative import DISCRIMINATIVE, OpenCLIP, TimmModel, release, words_hash
 
 open_clip = import_open_clip()
 MEAN, STD = (0.4, 0.5, 0.6), (0.3, 0.25, 0.2)
@@ -78,6 +78,10 @@ def test_clip_is_measured_like_any_model(home, weights):
         words = open_clip.get_tokenizer("ViT-B-32")
         official = open_clip.build_zero_shot_classifier(theirs, words, ("ant", "bee", "dog"), [lambda c, t=t: t.replace("{a} {c}", ("an " if c == "ant" else "a ") + c).replace("{c}", c) for t in openai_templates()])
         assert torch.allclose(ours, official.T, atol=1e-6)
+        read = tokenizer.intermediate(images, 2)
+        last = theirs.forward_intermediates(normed(images), image_indices=2, normalize_intermediates=True, intermediates_only=True, image_output_fmt="NLC", image_output_extra_tokens=True)
+        assert all(t.patches.equal(p) and t.cls.equal(c[:, 0]) and t.registers.shape == (3, 0, 32) for t, p, c in zip(read, last["image_intermediates"], last["image_intermediates_prefix"], strict=True))
+    assert tokenizer.fixed                                  # one size, which a measurement must keep to
     train, val = Shapes(count=200, size=32, classes=8), Shapes(count=60, size=32, classes=8, split="val")
     job = Evaluate(At(released), (ZeroShot(data=val), Retrieval(data=val), LinearProbe(train=train, val=val, tap="trunk", pool="cls+mean", steps=5, batch=64, blocks=(1, 3)),
                                   TrunkProbe(train=train, val=val, epochs=1, epoch_steps=3, batch=32, blocks=(1, 3), size=32, resize=36, dtype="fp32")))
@@ -121,6 +125,11 @@ def test_siglip_words(home):
     assert ids.equal(open_clip.get_tokenizer(f"local-dir:{home / 'siglip'}")(texts)) and ids.shape == (2, 64) and ids[0, :6].tolist() == [3, 4, 5, 6, 7, 9]
     run, = launch(Evaluate(At(released), (ZeroShot(data=Shapes(count=20, size=32, classes=8, split="val")),)), machine=HERE)
     assert [row["metric"] for row in run.rows()] == ["zero_shot", "zero_shot_top5"] and run.rows()[0]["size"] == 160
+    assert [row["file"] for row in run_of(released).rows()] == ["open_clip_config.json", "open_clip_model.safetensors", "words of nobody/has-this"]
+    file = home / "siglip/tokenizer.json"
+    file.write_text(file.read_text().replace('"red"', '"pink"'))                     # other words are another model
+    with pytest.raises(ValueError, match="words of nobody/has-this changed since"):
+        released.load()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pretrain.pth"])
@@ -188,6 +197,7 @@ def test_releases_by_name(home):
     "open_clip's table gives source, architecture and normalisation; its traps are refused; what can't be fetched comes with the command."
     laion = release("ViT-L-14", "laion2b_s32b_b82k")
     assert laion == DISCRIMINATIVE["OpenCLIP"][0] and laion.described()[1]["mean"] == (0.5,) * 3
+    assert (vitamin := release("ViTamin-S", "datacomp1b")).source == "jienengchen/ViTamin-S" and vitamin.files == ("pytorch_model.bin",)
     assert laion.build("meta").tokenizer.image_size == 224 and release("ViT-L-14", "laion400m_e32").described()[1]["mean"][0] != 0.5
     assert digest(laion) != digest(replace(laion, revision="0" * 40))
     for call, said in ((lambda: release("ViT-L-14", "openai"), "ViT-L-14-quickgelu"), (lambda: release("ViT-Z", "openai"), "no such model"), (lambda: OpenCLIP("x", model="ViT-L-14"), "give both"),
@@ -200,3 +210,66 @@ def test_releases_by_name(home):
     folder = folder_of(home / "siglip", SIGLIP, synthetic("open_clip_siglip"))
     with pytest.raises((ImportError, FileNotFoundError), match="pip install transformers|hf download nobody/has-this"):
         folder.check()
+
+
+def test_a_vocabulary_has_a_hash_of_words_and_rules():
+    class Known:
+        def __init__(self, words, lower=True): self.tokenizer, self.words, self.lower = self, words, lower
+        def get_vocab(self): return self.words
+        def __call__(self, texts): return torch.tensor([[self.words.get(word, 0) for word in (text.lower() if self.lower else text).split()[:3]] for text in texts])
+    words = {"a": 1, "photo": 2, "of": 3}
+    found = [words_hash(Known(*each)) for each in ((words,), (dict(reversed(words.items())),), (words | {"dog": 4},), ({"a": 2, "photo": 1, "of": 3},), (words, False))]
+    assert found[0] == found[1] and len(set(found)) == 4 and len(found[0]) == 64
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda c: c.pop("text_cfg"), "open_clip_config.json of .*model_cfg lacks text_cfg"),
+    (lambda c: c.update(vision_cfg=3), "lacks vision_cfg"),
+    (lambda c: c.pop("embed_dim"), "lacks embed_dim"),
+    (lambda c: c["vision_cfg"].update(bogus=1), "knows no vision_cfg.bogus"),
+    (lambda c: c["text_cfg"].update(bogus=1), "knows no text_cfg.bogus"),
+    (lambda c: c.update(bogus=1), "knows no model_cfg.bogus"),
+    (lambda c: c["vision_cfg"].update(layers="three"), "can't build this model_cfg"),
+])
+def test_descriptions_that_open_clip_cannot_build(home, change, says):
+    config = json.loads(json.dumps(CLIP))
+    change(config)
+    released = folder_of(home / "tiny", config, {"a": torch.zeros(2)})
+    for call in (released.check, released.build):
+        with pytest.raises(ValueError, match=says):
+            call()
+
+
+def test_descriptions_that_are_none(home):
+    released = folder_of(home / "tiny", CLIP, {"a": torch.zeros(2)})
+    for held, says in (("<html>", "is not JSON"), ("[1]", "holds a list"), ('{"model_cfg": 3}', "no model_cfg")):
+        (home / "tiny/open_clip_config.json").write_text(held)
+        with pytest.raises(ValueError, match=f"open_clip_config.json.*{says}"):
+            released.build()
+    save_file({"a": torch.zeros(2)}, home / "model.safetensors")
+    for name, says in (("swin_tiny_patch4_window7_224", "swin_tiny_patch4_window7_224"), ("resnet18", "is not a ViT")):
+        with pytest.raises(ValueError, match=says):
+            TimmModel(str(home), model=name).check()
+
+
+def test_building_draws_no_random_numbers_and_downloads_nothing(home):
+    "Random numbers of a job do not depend on what it reads; a config that asks timm for its own weights gets none."
+    pretrained = SIGLIP | {"vision_cfg": SIGLIP["vision_cfg"] | {"timm_model_pretrained": True}}
+    released = folder_of(home / "siglip", pretrained, synthetic("open_clip_siglip"))
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    released.build()
+    assert torch.rand(3).equal(expected)
+
+
+def test_only_square_images(home):
+    config = CLIP | {"vision_cfg": CLIP["vision_cfg"] | {"image_size": [32, 48]}}
+    with pytest.raises(ValueError, match="32×48: only square ones"):
+        folder_of(home / "wide", config, {"a": torch.zeros(2)}).build("meta")
+
+
+def test_one_token_for_each_patch():
+    "DINOv2's patch of 14 makes 16 × 16 of 224 pixels, MAE's of 16 makes 14 × 14."
+    grids = {name: DISCRIMINATIVE[name][0].build("meta").tokenizer.representation.grid for name in ("DINOv2", "MAE")}
+    assert grids == {"DINOv2": (16, 16), "MAE": (14, 14)}

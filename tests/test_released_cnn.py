@@ -117,6 +117,13 @@ def test_diffusers_folders_that_do_not_fit(tmp_path):
         SDVAE(str(tmp_path / "wide")).check()
     with pytest.raises(ValueError, match="an LDMVAE"):
         SDVAE(str(file)).load()
+    for held, says in (("<html>", "config.json is not JSON"), ("[1]", "holds a list"), (json.dumps(CONFIG | {"block_out_channels": 16}), r"no block_out_channels \(list\)"), (json.dumps(CONFIG | {"sample_size": "big"}), r"no sample_size \(int\)")):
+        (tmp_path / "sd" / "config.json").write_text(held)
+        with pytest.raises(ValueError, match=says):
+            release.load()
+    for held, says in (({"state_dict": [1]}, "holds a list under state_dict"), ([1], "holds a list"), ):
+        with pytest.raises(ValueError, match=says):
+            LDMVAE(write(tmp_path / "odd.ckpt", held), tokenizer=SD).load()
 
 
 def test_code_is_not_run(tmp_path):

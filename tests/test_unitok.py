@@ -51,6 +51,7 @@ def test_published_shapes_are_those_of_the_config():
         for part, found in zip(parts, unitok.parted(listed)):
             assert {k: v.shape for k, v in part.state_dict().items()} == {k: v.shape for k, v in found.items()}
     assert config.latent == 64 and unitok.configs(RELEASED)[0] == UniTokConfig()
+    assert unitok.configs(RELEASED | dict(text_width=96, text_layers=5, text_heads=3, text_context_length=9, text_vocab_size=50, embed_dim=7))[1].text == unitok.TextConfig(96, 5, 3, 9, 50, 7)
 
 
 def test_it_is_what_the_public_code_computed(release):
@@ -106,6 +107,11 @@ class Code:
     (lambda held: held["args"].update(quant_proj="linear"), "quant_proj"),
     (lambda held: held["args"].update(num_query=4), "query tokens"),
     (lambda held: held["args"].pop("vocab_size"), "lack vocab_size"),
+    (lambda held: held["args"].update(text_heads="12"), "{'text_heads': '12'}"),
+    (lambda held: held["args"].update(num_codebooks=0), "{'num_codebooks': 0}"),
+    (lambda held: held.update(args=[1]), "no checkpoint of UniTok's trainer"),
+    (lambda held: held["trainer"].update(unitok=[1]), "holds a list under unitok"),
+    (lambda held: held["trainer"]["unitok"].update(step=1), r"more than tensors: \['step'\]"),
     (lambda held: held.pop("args"), "no checkpoint of UniTok's trainer"),
     (lambda held: held["trainer"].pop("unitok"), "no checkpoint of UniTok's trainer"),
     (lambda held: held.update(args=Code()), "would run code: it is refused. .* safetensors"),
@@ -122,3 +128,38 @@ def test_without_the_file_the_error_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match="hf download FoundationVision/unitok_tokenizer unitok_tokenizer.pth"): UniTokRelease().check()
     with pytest.raises(FileNotFoundError, match="folder without unitok_tokenizer.pth"): UniTokRelease(str(tmp_path)).check()
+
+
+@pytest.mark.parametrize("args, says", [("[1]", "header are a list"), ("{", "header are not JSON"), ("{}", "args lack"), (json.dumps(RELEASED | {"model": 3}), "{'model': 3}")])
+def test_settings_of_a_converted_file(tmp_path, args, says):
+    save_file({"a": torch.zeros(2)}, tmp_path / "u.safetensors", {"args": args})
+    with pytest.raises(ValueError, match=says): UniTokRelease(str(tmp_path / "u.safetensors")).tokenizer
+
+
+def test_codes_are_searched_in_fp32_under_autocast(release):
+    quantiser = release.build().tokenizer.quantizer
+    tokens = torch.randn(2, 2000, DIMS["L"], generator=torch.Generator().manual_seed(0))
+    alone = quantiser.codes(tokens)
+    with torch.autocast("cpu", torch.bfloat16): assert quantiser.codes(tokens).equal(alone)
+
+
+def test_what_only_the_decoder_uses(release):
+    "`decoding` names what decode uses and CLIP head and encoder do not: tuning it leaves latents and zero-shot alone."
+    model, image = release.build(), torch.rand(1, 3, 32, 32)
+    tokenizer, clip = model.tokenizer, model.objectives["clip"]
+    used = {name for name, p in tokenizer.named_parameters() if p.requires_grad}
+    tokenizer.decode(tokenizer.encode(image).detach()).sum().backward()
+    drawn = {name for name, p in tokenizer.named_parameters() if p.grad is not None and p.grad.any()}
+    assert {name for name in used if name.startswith(tokenizer.decoding)} == {name for name in drawn if not name.startswith("post_quant_proj.")}
+    tokenizer.zero_grad()
+    clip.image_features(tokenizer, image).square().sum().backward()
+    assert not [name for name, p in tokenizer.named_parameters() if p.grad is not None and name.startswith(tokenizer.decoding)]
+
+
+def test_taps_and_blocks(release):
+    tokenizer, image = release.build().tokenizer, torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        z = tokenizer.encode(image)
+        assert tokenizer.embed(image, "latent").patches.equal(z.flatten(2).mT) and tokenizer.embed(image).patches.shape[2] == tokenizer.width("trunk") != tokenizer.width("latent")
+    for n in (0, DIMS["depth"] + 1):
+        with pytest.raises(ValueError, match=f"the trunk has {DIMS['depth']} blocks, not {n}"): tokenizer.intermediate(image, n)

@@ -1,5 +1,6 @@
 """VILA-U's vision tower, made small from the public classes' key lists: read strictly, measured, equal to what the public code computed; no zero-shot."""
 import json
+import shutil
 
 import formats
 import numpy as np
@@ -107,5 +108,80 @@ def test_on_the_meta_device_there_are_shapes_alone(tmp_path):
 
 def test_without_the_file_the_error_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match="hf download mit-han-lab/vila-u-7b-256 vision_tower/model.safetensors"): VILAURelease().check()
+    with pytest.raises(FileNotFoundError, match="hf download mit-han-lab/vila-u-7b-256 vision_tower/config.json.*\n.*hf download mit-han-lab/vila-u-7b-256 vision_tower/model.safetensors"): VILAURelease().check()
     with pytest.raises(FileNotFoundError, match="folder without"): VILAURelease(str(tmp_path)).check()
+
+
+@pytest.mark.parametrize("outside", ["../../outside.safetensors", "/outside.safetensors", "sub/outside.safetensors", "..", "outside.bin", 3])
+def test_an_index_names_files_beside_it_only(tmp_path, outside):
+    release = write(tmp_path / "vila", shards=2)
+    index = tmp_path / "vila/vision_tower/model.safetensors.index.json"
+    shutil.copy(index.with_name("model-00001-of-00002.safetensors"), tmp_path / "outside.safetensors")
+    said = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": {k: outside if "00001" in name else name for k, name in said.items()}}))
+    for call in (release.check, release.load):
+        with pytest.raises(ValueError, match=r"index.json names \[.*beside their index"): call()
+    for held in ({"metadata": {}}, {"weight_map": []}, {"weight_map": {}}):
+        index.write_text(json.dumps(held))
+        with pytest.raises(ValueError, match="index.json has no weight_map"): release.check()
+
+
+def test_descriptions_of_another_kind_are_named(tmp_path):
+    release, config = write(tmp_path / "vila"), tmp_path / "vila/vision_tower/config.json"
+    for held, says in (("not json", "config.json is not JSON"), ("[1]", "config.json holds a list"), ("{}", "config.json has no 'rqvaesiglip'"), ('{"rqvaesiglip": [1]}', "not of VILA-U's form"), ('{"rqvaesiglip": {"ddconfig": 1, "code_shape": 3}}', "not of VILA-U's form")):
+        config.write_text(held)
+        with pytest.raises(ValueError, match=says): release.tokenizer
+    with pytest.raises(ValueError, match="model.safetensors is not JSON"): VILAURelease(str(config.with_name("model.safetensors"))).tokenizer
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="no vision_config"): siglip(str(tmp_path))
+
+
+def test_it_sees_one_size(tmp_path):
+    tokenizer = write(tmp_path).build().tokenizer
+    assert tokenizer.fixed
+    with pytest.raises(ValueError, match="fit 32×32 only"): tokenizer.encode(torch.rand(1, 3, 64, 64))
+
+
+def test_codes_are_searched_in_fp32_under_autocast(tmp_path):
+    quantiser = write(tmp_path).build().tokenizer.quantizer
+    features = torch.randn(2, 2000, 32, generator=torch.Generator().manual_seed(0)) / 5
+    alone = quantiser.codes(features)
+    with torch.autocast("cpu", torch.bfloat16): assert quantiser.codes(features).equal(alone)
+
+
+def test_what_only_the_decoder_uses(tmp_path):
+    tokenizer = write(tmp_path).build().tokenizer
+    tokenizer.decode(tokenizer.encode(torch.rand(1, 3, 32, 32)).detach()).square().sum().backward()
+    drawn = {name for name, p in tokenizer.named_parameters() if p.grad is not None}
+    assert drawn == {name for name, _ in tokenizer.named_parameters() if name.startswith(tokenizer.decoding)} and any(name.startswith("post_quant_conv.") for name in drawn)
+
+
+def test_attention_at_sides_that_never_occur_is_none(tmp_path):
+    def change(tensors, rq, siglip): rq["ddconfig"]["attn_resolutions"] = [*rq["ddconfig"]["attn_resolutions"], 3, 512]
+    plain, odd = write(tmp_path / "plain"), write(tmp_path / "odd", change=change)
+    assert odd.tokenizer.decoder == plain.tokenizer.decoder
+
+
+def test_taps_and_blocks(tmp_path):
+    tokenizer, image = write(tmp_path).build().tokenizer, torch.rand(1, 3, 32, 32)
+    with torch.no_grad(): assert tokenizer.embed(image, "latent").patches.equal(tokenizer.encode(image).flatten(2).mT) and not tokenizer.embed(image).patches.equal(tokenizer.encode(image).flatten(2).mT)
+    for n in (0, 9):
+        with pytest.raises(ValueError, match=f"blocks, not {n}"): tokenizer.intermediate(image, n)
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda tensors, rq, siglip: rq["ddconfig"].update(resamp_with_conv=False), "only LDM's decoder"),
+    (lambda tensors, rq, siglip: rq["ddconfig"].update(out_ch=4), "only LDM's decoder"),
+    (lambda tensors, rq, siglip: rq.update(decoder_latent_shape=[8, 9]), "not square"),
+    (lambda tensors, rq, siglip: rq.update(latent_shape=[8, 8, 16]), "not one code for each"),
+    (lambda tensors, rq, siglip: rq.update(embed_dim=16), "not one code for each"),
+])
+def test_towers_of_another_form_are_refused(tmp_path, change, says):
+    with pytest.raises(ValueError, match=says): write(tmp_path, change=change).tokenizer
+
+
+def test_running_statistics_are_left_behind_and_the_label_tells_codes(tmp_path):
+    def change(tensors, rq, siglip):
+        for i in range(3): tensors |= {f"rqvaesiglip.quantizer.codebooks.{i}.{name}": torch.ones(2) for name in ("cluster_size_ema", "embed_ema")}
+    release = write(tmp_path, change=change)
+    assert not [name for name in release.build().state_dict() if "ema" in name] and release.tokenizer.label == "vila-u-32-rq-d32-3x24"

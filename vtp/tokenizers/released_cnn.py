@@ -6,7 +6,6 @@
 __all__ = ['ldm_name', 'from_diffusers', 'cnn_config', 'SDVAE', 'from_ldm', 'LDMVAE', 'VAVAE']
 
 # %% ../../nbs/43b_released_cnn.ipynb #85da65d3
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 
 from .ldm_cnn import CNNConfig
-from .pretrained import Model, Released, unpickled, fill, read_tensors
+from .pretrained import Model, Released, fill, read_json, read_tensors, unpickled
 
 # %% ../../nbs/43b_released_cnn.ipynb #25e047a5
 _NAMES = ((r"mid_block\.resnets\.(\d)", lambda found: f"mid.block_{int(found[1]) + 1}"), (r"mid_block\.attentions\.0", "mid.attn_1"), (r"(down|up)_blocks", r"\1"),
@@ -35,12 +34,13 @@ def from_diffusers(tensors:dict[str, torch.Tensor], levels:int) -> dict[str, tor
 # %% ../../nbs/43b_released_cnn.ipynb #ad3e7460
 _FIXED = dict(_class_name="AutoencoderKL", act_fn="silu", in_channels=3, out_channels=3, use_quant_conv=True, use_post_quant_conv=True, mid_block_add_attention=True,
               shift_factor=None, latents_mean=None, latents_std=None)
+_NEEDED = dict(block_out_channels=list, layers_per_block=int, latent_channels=int, down_block_types=list, up_block_types=list, sample_size=int)
 
 def cnn_config(published:dict, image_size:int|None=None) -> CNNConfig:
     "diffusers' config.json of an `AutoencoderKL` → ours, for images of `image_size` (None: its `sample_size`). Raises ValueError for what is not SD-VAE's architecture."
     other = {name: published[name] for name, value in _FIXED.items() if published.get(name, value) != value}
     if other: raise ValueError(f"config.json has {other}; only {({name: _FIXED[name] for name in other})} can be read here")
-    lacks = [name for name in ("block_out_channels", "layers_per_block", "latent_channels", "down_block_types", "up_block_types", "sample_size") if name not in published]
+    lacks = [f"{name} ({kind.__name__})" for name, kind in _NEEDED.items() if not (isinstance(published.get(name), kind) and published[name])]
     if lacks: raise ValueError(f"config.json has no {', '.join(lacks)}: it is not that of an AutoencoderKL")
     channels, kinds = published["block_out_channels"], {"DownEncoderBlock2D": False, "UpDecoderBlock2D": False, "AttnDownEncoderBlock2D": True, "AttnUpDecoderBlock2D": True}
     blocks = published["down_block_types"] + published["up_block_types"][::-1]
@@ -64,7 +64,7 @@ class SDVAE(Released):
         "diffusers' config.json. Raises ValueError for a source that is a single file."
         path = self.path("config.json")
         if path.suffix != ".json": raise ValueError(f"{self.source} is a file: SDVAE reads diffusers' folder of config.json and weights; a file of latent diffusion is an LDMVAE")
-        return json.loads(path.read_text())
+        return read_json(path)
 
     @property
     def tokenizer(self) -> CNNConfig: return cnn_config(self.published, self.image_size)

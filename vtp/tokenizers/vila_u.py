@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIGLIP', 'SigLIPConfig', 'VILAUConfig', 'SigLIPBlock', 'SigLIPTrunk', 'ResidualQuantiser', 'VILAU', 'siglip',
-           'config_of', 'kept', 'VILAURelease']
+           'config_of', 'kept', 'shards', 'VILAURelease']
 
 # %% ../../nbs/43e_vila_u.ipynb #8a1c9395
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import nn
 
 from ..interfaces import Tokenizer
 from .ldm_cnn import CNNConfig, Decoder
-from .pretrained import Model, Released, fetched, fill, read_tensors
+from .pretrained import Model, Released, fetched, fill, read_json, read_tensors
 from .unitok import in_fp32, pooled
 from ..vit import Tokens
 
@@ -123,6 +122,7 @@ class VILAU(Tokenizer):
     "The discrete tokenizer; z are the sums of code vectors. One size of images."
     taps = ("trunk", "latent")   # before and after quantisation
     decoding = ("post_quant_conv.", "decoder.")
+    fixed = True                 # images of `image_size` only: the positions are learned
 
     def __init__(self, config:VILAUConfig):
         super().__init__()
@@ -162,7 +162,8 @@ _UNUSED = re.compile(r"rqtransformer\.|rqvaesiglip\.(logit_|siglip_model\.(logit
 def siglip(name:str) -> SigLIPConfig:
     "The vision tower of a SigLIP known by name, or of the config.json in a folder or at a Hub id. Raises ValueError for one with other parts."
     if name in SIGLIP: return SIGLIP[name]
-    said, fixed = json.loads(fetched(name, "config.json").read_text())["vision_config"], dict(hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6, num_channels=3)
+    said, fixed = read_json(fetched(name, "config.json")).get("vision_config"), dict(hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6, num_channels=3)
+    if not isinstance(said, dict): raise ValueError(f"config.json of {name} has no vision_config: it is not that of a SigLIP")
     other = {k: said[k] for k, v in fixed.items() if said.get(k, v) != v}
     if other: raise ValueError(f"{name} is no SigLIP as VILA-U's: {other}")
     return SigLIPConfig(**{k: v for k, v in said.items() if k in SigLIPConfig.__dataclass_fields__})
@@ -193,6 +194,16 @@ def kept(tensors:dict[str, torch.Tensor], config:VILAUConfig) -> dict[str, torch
     if any(not copy.equal(copies[0]) for copy in copies): raise ValueError("shared_codebook, but the codebooks of its steps differ")
     return own | {"quantizer.codebooks.0.weight": copy for copy in copies[:1]}
 
+def shards(index:Path) -> list[str]:
+    "The files that an index names, all beside it. Raises ValueError for an index that names none, or anything but a file name."
+    found = read_json(index).get("weight_map")
+    names = sorted({str(name) for name in found.values()}) if isinstance(found, dict) else []
+    if not names: raise ValueError(f"{index} has no weight_map: it is not the index of a model in shards")
+    outside = [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)]
+    if outside: raise ValueError(f"{index} names {outside[:3]}: shards are .safetensors files beside their index, and no others are read")
+    return names
+
+# %% ../../nbs/43e_vila_u.ipynb #e54fabc2
 @dataclass(frozen=True)
 class VILAURelease(Released):
     "The vision tower in a folder of VILA-U's; no zero-shot."
@@ -200,18 +211,19 @@ class VILAURelease(Released):
 
     @property
     def tokenizer(self) -> VILAUConfig:
-        said = json.loads(self.path("vision_tower/config.json").read_text())
+        said = read_json(self.path("vision_tower/config.json"))
         try: return config_of(said)
         except KeyError as error: raise ValueError(f"{self.source}: vision_tower/config.json has no {error}") from error
+        except (TypeError, AttributeError) as error: raise ValueError(f"{self.source}: vision_tower/config.json is not of VILA-U's form ({error})") from error
 
     @property
     def weights(self) -> tuple[str, ...]:
-        "One file, or the index and the shards it names."
-        try: return self.path(whole := "vision_tower/model.safetensors") and (whole,)
-        except FileNotFoundError as error:
-            try: index = self.path(f"{whole}.index.json")
-            except FileNotFoundError: raise error from None
-            return (f"{whole}.index.json", *sorted({f"vision_tower/{name}" for name in json.loads(index.read_text())["weight_map"].values()}))
+        "One file, or the index and the shards it names; if there is neither, the one file, which `check` then misses."
+        for name in (whole := "vision_tower/model.safetensors", index := f"{whole}.index.json"):
+            try: found = self.path(name)
+            except FileNotFoundError: continue
+            return (whole,) if name == whole else (index, *(f"vision_tower/{shard}" for shard in shards(found)))
+        return (whole,)
 
     @property
     def files(self) -> tuple[str, ...]: return ("vision_tower/config.json", *self.weights)
@@ -220,5 +232,5 @@ class VILAURelease(Released):
         config = self.tokenizer
         tokenizer = config.build()
         if torch.get_default_device().type == "meta": return Model(tokenizer)       # shapes alone
-        shards = [read_tensors(self.path(name)) for name in self.weights if name.endswith(".safetensors")]
-        return Model(fill(tokenizer, kept({k: v for shard in shards for k, v in shard.items()}, config), self.source))
+        tensors = {k: v for name in self.weights if name.endswith(".safetensors") for k, v in read_tensors(self.path(name)).items()}
+        return Model(fill(tokenizer, kept(tensors, config), self.source))
