@@ -81,7 +81,7 @@ def test_clip_is_measured_like_any_model(home, weights):
         read = tokenizer.intermediate(images, 2)
         last = theirs.forward_intermediates(normed(images), image_indices=2, normalize_intermediates=True, intermediates_only=True, image_output_fmt="NLC", image_output_extra_tokens=True)
         assert all(t.patches.equal(p) and t.cls.equal(c[:, 0]) and t.registers.shape == (3, 0, 32) for t, p, c in zip(read, last["image_intermediates"], last["image_intermediates_prefix"], strict=True))
-    assert tokenizer.fixed                                  # one size, which a measurement must keep to
+    assert not tokenizer.any_size                           # one size, which a measurement must keep to
     train, val = Shapes(count=200, size=32, classes=8), Shapes(count=60, size=32, classes=8, split="val")
     job = Evaluate(At(released), (ZeroShot(data=val), Retrieval(data=val), LinearProbe(train=train, val=val, tap="trunk", pool="cls+mean", steps=5, batch=64, blocks=(1, 3)),
                                   TrunkProbe(train=train, val=val, epochs=1, epoch_steps=3, batch=32, blocks=(1, 3), size=32, resize=36, dtype="fp32")))

@@ -288,3 +288,11 @@ def test_a_source_that_lists_too_much_as_unusable_is_refused_at_once(tmp_path, m
     monkeypatch.setattr(Shapes, "open", torn)
     with pytest.raises(ValueError, match="11 of 41 samples can't be used"):
         launch(statistics(tmp_path), machine=HERE)
+
+
+def test_a_pointer_or_an_error_page_is_no_file_of_weights(tmp_path):
+    "What a careless download leaves behind is called what it is, not malicious."
+    for name, content in (("a.pth", b"version https://git-lfs.github.com/spec/v1\n"), ("b.safetensors", b"<!DOCTYPE html><html></html>")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match="Git LFS pointer or an error page"): TimmRepresentation("test_vit", str(tmp_path / name)).check()
+    with pytest.raises(ValueError, match="not a plain ViT"): TimmRepresentation("swin_tiny_patch4_window7_224", str(tmp_path / "a.pth")).check()

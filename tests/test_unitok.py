@@ -163,3 +163,12 @@ def test_taps_and_blocks(release):
         assert tokenizer.embed(image, "latent").patches.equal(z.flatten(2).mT) and tokenizer.embed(image).patches.shape[2] == tokenizer.width("trunk") != tokenizer.width("latent")
     for n in (0, DIMS["depth"] + 1):
         with pytest.raises(ValueError, match=f"the trunk has {DIMS['depth']} blocks, not {n}"): tokenizer.intermediate(image, n)
+
+
+def test_the_head_norms_as_published(release):
+    model = release.build()
+    norm = model.objectives["clip"].fc_norm
+    faint = 1e-3 * torch.randn(4, norm.normalized_shape[0], generator=torch.Generator().manual_seed(0))
+    centred = faint - faint.mean(1, keepdim=True)
+    expected = centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt() * norm.weight + norm.bias
+    assert torch.allclose(norm(faint), expected, atol=1e-4)

@@ -138,7 +138,7 @@ def test_descriptions_of_another_kind_are_named(tmp_path):
 
 def test_it_sees_one_size(tmp_path):
     tokenizer = write(tmp_path).build().tokenizer
-    assert tokenizer.fixed
+    assert not tokenizer.any_size                           # one size, which a measurement must keep to
     with pytest.raises(ValueError, match="fit 32×32 only"): tokenizer.encode(torch.rand(1, 3, 64, 64))
 
 

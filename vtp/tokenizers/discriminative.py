@@ -57,7 +57,7 @@ class FeaturesConfig:
 # %% ../../nbs/43f_discriminative.ipynb #2abb7eff
 class CLIPImages(Features):
     "The image tower of an open_clip model, fed images in [0, 1] of one size."
-    fixed = True
+    any_size = False
     def __init__(self, visual:nn.Module, mean, std):
         super().__init__()
         height, width = (visual.image_size,) * 2 if isinstance(visual.image_size, int) else visual.image_size

@@ -22,7 +22,7 @@ from ..objectives.contrastive import Contrastive, ContrastiveLoss
 from ..rope import rope_periods
 from ..text import TextConfig
 from .official_parts import OfficialContrastive, OfficialTextConfig, OfficialTokenizerConfig
-from .pretrained import Model, Released, fill, read_tensors
+from .pretrained import Model, Released, fill, read_json, read_tensors
 from .vit import Encoder, PixelDecoder, ViTTokenizer, ViTTokenizerConfig, pixel_statistics
 from ..vit import ViTConfig
 
@@ -65,7 +65,7 @@ class OfficialConfig:
 # %% ../../nbs/43a_official_vtp.ipynb #27b040b6
 def read_config(path:Path) -> OfficialConfig:
     "The official config in a file. Raises ValueError for another model's, or one that names what no field of the class is called."
-    found = json.loads(path.read_text())
+    found = read_json(path)
     if found.get("model_type", "vtp") != "vtp": raise ValueError(f"{path.name} is of a {found['model_type']!r}, not of an official VTP")
     known = {f.name for f in fields(OfficialConfig)}
     unknown = sorted(found.keys() - known - _HUB)

@@ -97,8 +97,7 @@ class RAERelease(Released):
         "A file of `source`, or of `encoder`. Raises FileNotFoundError that says how to get it, and which field it is for."
         if name not in self.encoder_files: return fetched(self.source, name, self.revision)
         try: return fetched(self.encoder, name, self.encoder_revision)
-        except Absent as error:
-            raise FileNotFoundError(error.why + (f". Where there is a network:\n    {error.command}\nthen give that folder as the field encoder." if error.command else "")) from error
+        except Absent as error: raise Absent(error.why, error.command, "field encoder") from error
 
     def described(self, name:str) -> dict: return read_json(self.path(name))
 

@@ -149,6 +149,7 @@ def _network(self:TimmRepresentation) -> nn.Module:
         with torch.random.fork_rng(devices=[]): network = timm.create_model(self.model, num_classes=0, dynamic_img_size=True)      # what is drawn is overwritten
     except (RuntimeError, TypeError) as error: raise ValueError(f"{self.model} is not a ViT that timm can build here: {str(error)[:120]}") from error
     if isinstance(network.norm, nn.Identity): raise ValueError(f"{self.model} has no norm after its last block, only after pooling: its tokens are not a representation")
+    if not all(hasattr(network, name) for name in ("blocks", "has_class_token", "num_prefix_tokens")): raise ValueError(f"{self.model} is a {type(network).__name__}, not a plain ViT: it has no tokens of one grid")
     return network
 
 def _on_hub(repository:str, name:str) -> Path:
@@ -181,6 +182,9 @@ def _read(file:Path) -> dict:
 
     from safetensors import SafetensorError
     from safetensors.torch import load_file
+    with file.open("rb") as opened: first = opened.read(16)
+    if not (first[8:9] == b"{" if file.suffix == ".safetensors" else first.startswith((b"PK\x03\x04", b"\x80"))):
+        raise ValueError(f"{file.name} is not a file of weights (its first bytes are {first!r}): is it a Git LFS pointer or an error page? Fetch it again")
     try: held = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error: raise ValueError(f"{file.name} holds more than data, and reading it would run code: it is refused. Save its state dict with safetensors.torch.save_file") from error
     except (SafetensorError, RuntimeError, EOFError) as error: raise ValueError(f"{file.name} is not a whole file of weights ({str(error)[:100]}): fetch it again") from error

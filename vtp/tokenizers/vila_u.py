@@ -122,7 +122,7 @@ class VILAU(Tokenizer):
     "The discrete tokenizer; z are the sums of code vectors. One size of images."
     taps = ("trunk", "latent")   # before and after quantisation
     decoding = ("post_quant_conv.", "decoder.")
-    fixed = True                 # images of `image_size` only: the positions are learned
+    any_size = False             # images of `image_size` only: the positions are learned
 
     def __init__(self, config:VILAUConfig):
         super().__init__()
