@@ -11,8 +11,10 @@ import importlib.util
 import os
 import sys
 import types
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -151,10 +153,19 @@ def loss_of(monkeypatch):
     return lambda **options: found.LPIPSWithDiscriminator(disc_start=10**9, kl_weight=1e-6, disc_weight=0.5, disc_factor=0.0, **options).double()
 
 
-def own_trunk(config):
-    "A stand-in for a training whose model has random weights."
-    tokenizer = config.build().eval().double()
-    return SimpleNamespace(tokenizer=config, keep=(), steps=1, load=lambda step, where: SimpleNamespace(tokenizer=tokenizer), build=lambda where: SimpleNamespace(tokenizer=config.build()))
+@dataclass(frozen=True)
+class Training:
+    "A stand-in for a training: its model has random weights, always the same."
+    tokenizer: ViTTokenizerConfig
+    keep: ClassVar[tuple] = ()
+    steps: ClassVar[int] = 1
+
+    def load(self, step=None, where="cpu"):
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            return SimpleNamespace(tokenizer=self.tokenizer.build().eval().double())
+
+    def build(self, where="cpu"): return SimpleNamespace(tokenizer=self.tokenizer.build())
 
 
 @needs_vavae
@@ -164,7 +175,7 @@ def test_the_loss_and_its_gradients_are_those_of_vavae(monkeypatch, loss_of, wei
     _, distributions = networks(monkeypatch, Path(VAVAE) / "vavae")
     cnn = CNNConfig(image_size=16, latent=4, width=8, multipliers=(1, 2, 2), blocks=1, attention=(4,), groups=4).build().double()
     part = ViTConfig(width=32, depth=2, heads=2, patch=4)
-    training = own_trunk(ViTTokenizerConfig(16, part, part, latent=8))
+    training = Training(ViTTokenizerConfig(16, part, part, latent=8))
     config = Distillation(crop=CropConfig(16), perceptual=STANDIN, representation=OwnTrunk(At(training)), vf_weight=weight, cos_margin=m1, distmat_margin=m2)
     objective = config.build(cnn).double()
     image = torch.rand(3, 3, 16, 16, dtype=torch.float64)
