@@ -195,6 +195,7 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"): monkeypatch.delenv(name, raising=False)
     Hub.asked.clear()
+    monkeypatch.setattr(pretrained, "_COMMITS", {})
     yield server
     server.shutdown()
     server.server_close()
@@ -203,7 +204,7 @@ def hub(tmp_path, monkeypatch):
 @pytest.mark.timeout(60)
 def test_a_file_is_downloaded_once_and_then_found_without_a_network(hub):
     assert read_json(fetched("someone/model", "sub/config.json", "v1")) == {"a": 1}
-    with pytest.raises(Absent, match="hf download someone/model more.json --revision v1"): fetched("someone/model", "more.json", "v1")
+    with pytest.raises(Absent, match="hf download someone/model more.json --revision c{40} "): fetched("someone/model", "more.json", "v1")
     asked = len(Hub.asked)
     assert ("GET", "/someone/model/resolve/v1/sub/config.json") in Hub.asked
     assert read_json(fetched("someone/model", "sub/config.json", "v1")) == {"a": 1} and len(Hub.asked) == asked      # from the cache
@@ -221,3 +222,23 @@ def test_sources_that_are_neither(tmp_path):
     for source in ("./nowhere", "~/nowhere-at-all", "/no/where", "a/b/c", "name"):
         with pytest.raises(Absent, match="neither a file nor a folder here, nor an id"): fetched(source, "config.json")
     assert pretrained.fetched(str(written(tmp_path / "x.pt", b"x")), "any name") == tmp_path / "x.pt"
+
+
+def test_all_files_of_a_release_are_of_one_commit(tmp_path, monkeypatch):
+    "The description lies in the cache, of an older commit than the branch is at now: the weights come from that commit too."
+    for commit in ("a" * 40, "b" * 40):
+        (tmp_path / "snapshots" / commit).mkdir(parents=True)
+        (tmp_path / "snapshots" / commit / "model.safetensors").write_text(commit)
+    (tmp_path / "snapshots" / ("a" * 40) / "config.json").write_text("{}")
+    asked = []
+
+    def download(source, name, revision=None, local_files_only=False):
+        asked.append((name, revision))
+        commit = revision or ("a" if name == "config.json" else "b") * 40                 # what an unpinned branch would give
+        return str(tmp_path / "snapshots" / commit / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("vtp.tokenizers.pretrained._COMMITS", {})
+    assert fetched("owner/moving", "config.json").parent.name == "a" * 40
+    assert fetched("owner/moving", "model.safetensors").read_text() == "a" * 40 and asked[-1] == ("model.safetensors", "a" * 40)
+    assert fetched("owner/moving", "model.safetensors", "b" * 40).read_text() == "b" * 40  # another revision is another release

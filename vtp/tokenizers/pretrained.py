@@ -38,8 +38,17 @@ def fetched(source:str, name:str, revision:str|None=None) -> Path:
     if source.count("/") != 1 or source.startswith((".", "~", "/")): raise Absent(f"{source} is neither a file nor a folder here, nor an id `owner/name` on the Hub")
     return _from_hub(source, name, revision)
 
+_COMMITS:dict[tuple[str, str|None], str] = {}     # (id, revision) → the commit of its first file: a branch may move while the files of a release are read
+
 def _from_hub(source:str, name:str, revision:str|None) -> Path:
-    "The Hub's cached copy, or a download. Raises Absent for what can be had from neither."
+    "The Hub's cached copy, or a download; all files of a source are of one commit. Raises Absent for what can be had from neither."
+    found = _of_commit(source, name, _COMMITS.get((source, revision), revision))
+    folder = found.parents[len(Path(name).parts) - 1]
+    if folder.parent.name == "snapshots": _COMMITS.setdefault((source, revision), folder.name)    # the cache keeps …/snapshots/<commit>/<name>
+    return found
+
+def _of_commit(source:str, name:str, revision:str|None) -> Path:
+    "One file of one revision."
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, HTTPError
     try: return Path(hf_hub_download(source, name, revision=revision, local_files_only=True))
