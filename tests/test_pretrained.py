@@ -14,9 +14,10 @@ from tiny import HERE
 
 from vtp.config import allowed
 from vtp.job import At, launch, load, run_of
-from vtp.tokenizers import pretrained
+from vtp import weights
 from vtp.tokenizers.ldm_cnn import CNNConfig
-from vtp.tokenizers.pretrained import Absent, Model, Released, fetched, fill, only_tensors, read_json, read_tensors, unpickled
+from vtp.tokenizers.pretrained import Model, Released
+from vtp.weights import Absent, fetched, fill, only_tensors, read_json, read_tensors, unpickled
 
 CONFIG = CNNConfig(16, 4, 16, (1, 2), 1, (), 8)
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
@@ -195,7 +196,7 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"): monkeypatch.delenv(name, raising=False)
     Hub.asked.clear()
-    monkeypatch.setattr(pretrained, "_COMMITS", {})
+    monkeypatch.setattr(weights, "_COMMITS", {})
     yield server
     server.shutdown()
     server.server_close()
@@ -221,7 +222,7 @@ def test_without_a_network_the_answer_is_quick(hub):
 def test_sources_that_are_neither(tmp_path):
     for source in ("./nowhere", "~/nowhere-at-all", "/no/where", "a/b/c", "name"):
         with pytest.raises(Absent, match="neither a file nor a folder here, nor an id"): fetched(source, "config.json")
-    assert pretrained.fetched(str(written(tmp_path / "x.pt", b"x")), "any name") == tmp_path / "x.pt"
+    assert weights.fetched(str(written(tmp_path / "x.pt", b"x")), "any name") == tmp_path / "x.pt"
 
 
 def test_all_files_of_a_release_are_of_one_commit(tmp_path, monkeypatch):
@@ -238,7 +239,7 @@ def test_all_files_of_a_release_are_of_one_commit(tmp_path, monkeypatch):
         return str(tmp_path / "snapshots" / commit / name)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    monkeypatch.setattr("vtp.tokenizers.pretrained._COMMITS", {})
+    monkeypatch.setattr("vtp.weights._COMMITS", {})
     assert fetched("owner/moving", "config.json").parent.name == "a" * 40
     assert fetched("owner/moving", "model.safetensors").read_text() == "a" * 40 and asked[-1] == ("model.safetensors", "a" * 40)
     assert fetched("owner/moving", "model.safetensors", "b" * 40).read_text() == "b" * 40  # another revision is another release

@@ -8,15 +8,14 @@ Compared with commits 3ba01b2 of taming-transformers and a4d18c4 of RAE. Only th
 dependencies (pytorch_lightning, …) has to be there. RAE's frozen network gets random weights: what is compared is what is computed with them.
 """
 import ast
-import importlib.util
 import os
-import sys
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from checkouts import module, stub
 from torch import nn
 
 from vtp.objectives.adversarial import DINO, Adversarial, BatchNorm, DiffAugment, FeatureGAN, PatchGAN, adaptive_weight, augment, draws, hinge
@@ -31,31 +30,13 @@ def seeded():
     torch.manual_seed(0)
 
 
-def module(monkeypatch, name, path):
-    "One file as the module `name`, for this test."
-    spec = importlib.util.spec_from_file_location(name, path)
-    found = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, found)
-    spec.loader.exec_module(found)
-    return found
-
-
-def package(monkeypatch, *names):
-    for name in names:
-        empty = types.ModuleType(name)
-        empty.__path__ = []
-        monkeypatch.setitem(sys.modules, name, empty)
-
-
 @pytest.fixture
 def taming(monkeypatch):
     "taming's discriminator and its loss module; LPIPS, which downloads weights, is left out."
-    package(monkeypatch, "taming", "taming.modules", "taming.modules.losses", "taming.modules.discriminator")
+    for name in ("taming", "taming.modules", "taming.modules.losses", "taming.modules.discriminator"): stub(monkeypatch, name)
     root = Path(TAMING) / "taming" / "modules"
     module(monkeypatch, "taming.modules.util", root / "util.py")
-    lpips = types.ModuleType("taming.modules.losses.lpips")
-    lpips.LPIPS = nn.Identity
-    monkeypatch.setitem(sys.modules, "taming.modules.losses.lpips", lpips)
+    stub(monkeypatch, "taming.modules.losses.lpips", LPIPS=nn.Identity)
     net = module(monkeypatch, "taming.modules.discriminator.model", root / "discriminator" / "model.py")
     return net, module(monkeypatch, "taming.modules.losses.vqperceptual", root / "losses" / "vqperceptual.py")
 
@@ -133,7 +114,7 @@ def test_adaptive_weight(taming, scale):
 @pytest.fixture
 def rae(monkeypatch):
     "RAE's discriminator, DiffAugment and losses."
-    package(monkeypatch, "rae_disc")
+    stub(monkeypatch, "rae_disc")
     root = Path(RAE) / "src" / "disc"
     module(monkeypatch, "rae_disc.utils", root / "utils.py")
     return types.SimpleNamespace(**{name: module(monkeypatch, f"rae_disc.{name}", root / f"{name}.py") for name in ("dinodisc", "diffaug", "gan_loss")})

@@ -7,10 +7,7 @@
 Compared with commits a506df5 of latent-diffusion and 2725fed of LightningDiT. Only the files that are needed are loaded, and what they import
 beside torch is replaced by stand-ins: LPIPS by our random features, the discriminator by a constant.
 """
-import importlib.util
 import os
-import sys
-import types
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +15,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from checkouts import module, stub
 from torch import nn
 
 from vtp.data.augment import CropConfig
@@ -40,22 +38,6 @@ SMALL = CNNConfig(image_size=32, latent=4, width=32, multipliers=(1, 2, 2), bloc
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
-
-def module(monkeypatch, name, path):
-    "One file as the module `name`, for this test."
-    spec = importlib.util.spec_from_file_location(name, path)
-    found = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, found)
-    spec.loader.exec_module(found)
-    return found
-
-
-def stub(monkeypatch, name, **content):
-    found = types.ModuleType(name)
-    found.__path__ = []
-    found.__dict__.update(content)
-    monkeypatch.setitem(sys.modules, name, found)
 
 
 def networks(monkeypatch, root):

@@ -10,7 +10,6 @@ tokenizer around it; the encoder is compared with the real one (4.56.2, as RAE's
 """
 import dataclasses
 import importlib
-import importlib.util
 import json
 import os
 import re
@@ -21,15 +20,16 @@ from pathlib import Path
 import pytest
 import rae_case
 import torch
+from checkouts import module, stub
 from formats import shapes, synthetic
 from torch import nn
 
 from vtp.run import root
 from vtp.tokenizers.frozen import FrozenTokenizer, RAEDecoder, RAEDecoderConfig, positions, rae_decoder
-from vtp.tokenizers.pretrained import fill
 from vtp.tokenizers.released_rae import Layout, RAERelease, decoder_names, dinov2, fill_dinov2
 from vtp.tokenizers.representation import Representation, TimmTrunk, without_affine
 from vtp.tokenizers.vit import MEAN, STD
+from vtp.weights import fill
 
 RAE = os.environ.get("RAE_REFERENCE")
 needs_rae = pytest.mark.skipif(not RAE, reason="RAE_REFERENCE does not name a checkout of bytetriper/RAE")
@@ -60,37 +60,21 @@ class Encoder(nn.Module):
         return self.network(images).patches
 
 
-def load(monkeypatch, name, path):
-    spec = importlib.util.spec_from_file_location(name, path)
-    found = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, found)
-    spec.loader.exec_module(found)
-    return found
-
-
-def fake(monkeypatch, name, **contents):
-    found = types.ModuleType(name)
-    found.__path__ = []
-    found.__dict__.update(contents)
-    monkeypatch.setitem(sys.modules, name, found)
-    return found
-
-
 @pytest.fixture
 def rae(monkeypatch):
     "RAE's stage 1 with stand-ins for transformers and for its own encoders, which download weights: `.decoder` and `.rae`, its modules."
-    fake(monkeypatch, "transformers", AutoConfig=None, AutoImageProcessor=None)
-    fake(monkeypatch, "transformers.configuration_utils", PretrainedConfig=Settings)
-    fake(monkeypatch, "transformers.utils", ModelOutput=object)
-    fake(monkeypatch, "transformers.activations", ACT2FN={"gelu": nn.functional.gelu})
-    fake(monkeypatch, "transformers.modeling_outputs", BaseModelOutput=object)
+    stub(monkeypatch, "transformers", AutoConfig=None, AutoImageProcessor=None)
+    stub(monkeypatch, "transformers.configuration_utils", PretrainedConfig=Settings)
+    stub(monkeypatch, "transformers.utils", ModelOutput=object)
+    stub(monkeypatch, "transformers.activations", ACT2FN={"gelu": nn.functional.gelu})
+    stub(monkeypatch, "transformers.modeling_outputs", BaseModelOutput=object)
     root = Path(RAE) / "src" / "stage1"
-    fake(monkeypatch, "stage1"), fake(monkeypatch, "stage1.encoders", ARCHS={"Encoder": Encoder})
-    decoders = fake(monkeypatch, "stage1.decoders")
-    utils = load(monkeypatch, "stage1.decoders.utils", root / "decoders" / "utils.py")
-    decoder = load(monkeypatch, "stage1.decoders.decoder", root / "decoders" / "decoder.py")
+    stub(monkeypatch, "stage1"), stub(monkeypatch, "stage1.encoders", ARCHS={"Encoder": Encoder})
+    decoders = stub(monkeypatch, "stage1.decoders")
+    utils = module(monkeypatch, "stage1.decoders.utils", root / "decoders" / "utils.py")
+    decoder = module(monkeypatch, "stage1.decoders.decoder", root / "decoders" / "decoder.py")
     decoders.GeneralDecoder = decoder.GeneralDecoder
-    return types.SimpleNamespace(utils=utils, decoder=decoder, rae=load(monkeypatch, "stage1.rae", root / "rae.py"))
+    return types.SimpleNamespace(utils=utils, decoder=decoder, rae=module(monkeypatch, "stage1.rae", root / "rae.py"))
 
 
 def settings(rae, name="ViTXL", size=None, latent=768):

@@ -8,7 +8,6 @@ __all__ = ['Parts', 'parts_of', 'unsaved', 'tensors_of', 'filled', 'measurements
 
 # %% ../nbs/53_hub.ipynb #30451fec
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -26,7 +25,8 @@ from .config import dumps, type_name
 from .job import At, Job, inputs, ordered
 from .run import Run, resolve, write_text
 from .tokenizers.official import OfficialVTP, to_official
-from .tokenizers.pretrained import Model, Released, fetched, fill, read_json, read_tensors
+from .tokenizers.pretrained import Model, Released
+from .weights import fetched, fill, read_json, read_tensors
 from .tokenizers.released_cnn import SDVAE
 from .training_state import TRAINING, load_training, local_releases, read_config, save_training
 

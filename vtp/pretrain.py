@@ -25,7 +25,7 @@ from .loop import DTYPES, Ledger, State, averages, check_length, check_source, l
 from .objectives.overall import Overall
 from .optim import OptimConfig, adamw, guarded_step, lr_at
 from .run import Run
-from .tokenizers.pretrained import fill
+from .weights import fill
 
 # %% ../nbs/51_pretrain.ipynb #d00e6c71
 def train_step(model:nn.Module, batch:dict, opt:torch.optim.AdamW, config:"Pretrain", step:int) -> dict[str, torch.Tensor]:

@@ -18,7 +18,8 @@ from pathlib import Path, PurePosixPath
 from .config import digest, from_dict
 from .job import At, Job, ordered, path_of, run_of
 from .run import ROWS, Checkpoint, Run, hash_file, locked, resolve, runs, sync, write_text
-from .tokenizers.pretrained import Released, fetched, read_json
+from .tokenizers.pretrained import Released
+from .weights import fetched, read_json
 
 # %% ../nbs/52a_training_state.ipynb #e68dc5a7
 def ats(config) -> Iterator[At]:

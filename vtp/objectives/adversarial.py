@@ -24,6 +24,7 @@ from ..data.samples import mix, uniform
 from ..dist import gather, world
 from ..job import At
 from ..run import resolve
+from ..weights import read_tensors
 
 # %% ../../nbs/37_adversarial.ipynb #2030c4f5
 class BatchNorm(nn.Module):
@@ -71,11 +72,6 @@ _ADVICE = """the discriminator's {model} can't be had ({error}). Where there is 
     curl -LO https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth
 then DINO(weights="dino_deitsmall8_pretrain.pth"). Offline, PatchGAN needs no weights."""
 
-def _read(file) -> dict:
-    "A state dict of tensors; no pickled code is run."
-    from safetensors.torch import load_file
-    return load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
-
 @dataclass(frozen=True)
 class DINO:
     "A frozen ViT of timm's, by default RAE's: DINO ViT-S/8."
@@ -97,7 +93,7 @@ class DINO:
         try: network = timm.create_model(self.model, pretrained=not (file or meta), **options)
         except OSError as error: raise FileNotFoundError(_ADVICE.format(model=self.model, error=str(error).split("\n")[0])) from error
         if not file or meta: return DINOFeatures(self, network)
-        try: network.load_state_dict(_read(file))
+        try: network.load_state_dict(read_tensors(file))
         except RuntimeError as error: raise ValueError(f"{self.weights} are not the weights of {self.model} at {self.size} pixels: {str(error)[:200]}") from error
         return DINOFeatures(self, network)
 

@@ -23,7 +23,8 @@ from ..interfaces import Objective, Tokenizer
 from ..job import Job
 from ..run import resolve
 from ..text import TextConfig, import_open_clip
-from .pretrained import Model, Released, fill, read_json, read_tensors
+from .pretrained import Model, Released
+from ..weights import fill, read_json, read_tensors
 from .representation import Representation, TimmRepresentation
 from ..vit import Tokens
 

@@ -22,7 +22,8 @@ from ..objectives.contrastive import Contrastive, ContrastiveLoss
 from ..rope import rope_periods
 from ..text import TextConfig
 from .official_parts import OfficialContrastive, OfficialTextConfig, OfficialTokenizerConfig
-from .pretrained import Model, Released, fill, read_json, read_tensors
+from .pretrained import Model, Released
+from ..weights import fill, read_json, read_tensors
 from .vit import Encoder, PixelDecoder, ViTTokenizer, ViTTokenizerConfig, pixel_statistics
 from ..vit import ViTConfig
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from .ldm_cnn import CNNConfig
-from .pretrained import Model, Released, fill, read_json, read_tensors, unpickled
+from .pretrained import Model, Released
+from ..weights import fill, read_json, read_tensors, unpickled
 
 # %% ../../nbs/43b_released_cnn.ipynb #25e047a5
 _NAMES = ((r"mid_block\.resnets\.(\d)", lambda found: f"mid.block_{int(found[1]) + 1}"), (r"mid_block\.attentions\.0", "mid.attn_1"), (r"(down|up)_blocks", r"\1"),

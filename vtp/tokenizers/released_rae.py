@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from .frozen import FrozenTokenizer, RAEDecoder, RAEDecoderConfig
-from .pretrained import Absent, Model, Released, fetched, fill, read_json, read_tensors
+from .pretrained import Model, Released
+from ..weights import Absent, fetched, fill, read_json, read_tensors
 from .representation import Representation, TimmTrunk, without_affine
 
 # %% ../../nbs/43c_released_rae.ipynb #9d4e63c8

@@ -29,10 +29,10 @@ from .representation import OwnTrunk, TimmRepresentation
 
 # %% ../../nbs/50b_latent_statistics.ipynb #5c797572
 def merge(a:tuple, b:tuple) -> tuple:
-    "(n, means, squared deviations) of two sets → those of both."
+    "(n, means, squared deviations) of two sets, tensors or arrays → those of both."
     n, shift = a[0] + b[0], b[1] - a[1]
     share = b[0] / max(1, n)
-    return n, a[1] + share * shift, a[2] + b[2] + a[0] * share * shift.square()
+    return n, a[1] + share * shift, a[2] + b[2] + a[0] * share * shift**2
 
 def moments(z:torch.Tensor) -> tuple:
     "Latents (n, C, h, w) → (n, means, squared deviations), each (C, h, w) float64 on the CPU."

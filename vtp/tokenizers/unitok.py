@@ -21,7 +21,8 @@ from torch import nn
 
 from ..interfaces import Tokenizer
 from ..text import TextConfig, TextEncoder, bpe, cut
-from .pretrained import Model, Released, fill, only_tensors, read_tensors, unpickled
+from .pretrained import Model, Released
+from ..weights import fill, only_tensors, read_tensors, unpickled
 from .unitok_parts import Block, ConvBlock, WidthBlock, double, down, stem
 from ..vit import Tokens
 

@@ -18,7 +18,8 @@ from torch import nn
 
 from ..interfaces import Tokenizer
 from .ldm_cnn import CNNConfig, Decoder
-from .pretrained import Model, Released, fetched, fill, read_json, read_tensors
+from .pretrained import Model, Released
+from ..weights import fetched, fill, read_json, read_tensors
 from .unitok import in_fp32, pooled
 from ..vit import Tokens
 
