@@ -49,9 +49,8 @@ z = model.tokenizer.encode(images)                       # {latent}
 images = model.tokenizer.decode(z)
 ```"""
 _CLIP = """```python
-from vtp.text import bpe
 clip = model.objectives["clip"]
-cosines = clip.image_features(model.tokenizer, images) @ clip.text_features(bpe(["a red circle", "a photo of a dog"], {context})).T
+cosines = clip.image_features(model.tokenizer, images) @ clip.text_features(clip.tokenise(["a red circle", "a photo of a dog"])).T
 ```"""
 
 def card(parts, model:Model, name:str, of:At|None, rows:list[dict], license:str) -> str:
@@ -65,7 +64,7 @@ def card(parts, model:Model, name:str, of:At|None, rows:list[dict], license:str)
     trained = "How these weights were trained is not recorded here." if of is None else f"By the job `{path_of(of.job).name}` after {of.step or of.job.steps:,} steps; its whole config is in `training.json`.\n\n{spending(of.spent(), size)}"
     if of and isinstance(of.job, Released): trained = f"The weights are those that `{of.job.source}` has released; `training.json` names them."
     if of and (local := local_releases(of.job)): trained = f"The weights {'are' if of.job in local else 'were trained from'} those of `{Path(local[0].source).name}`, which was in a folder: no `training.json` can name that."
-    use = _USE.format(name=name, size=size, latent=(1, c, h, w)) + "".join("\n\n" + _CLIP.format(context=config.text.context) for config in texts)
+    use = _USE.format(name=name, size=size, latent=(1, c, h, w)) + "".join("\n\n" + _CLIP for _ in texts)
     measured = table(rows) if rows else "Nothing was measured for this card."
     changed = of and rows and getattr(of.job.tokenizer, "trunk", None) != getattr(parts.tokenizer, "trunk", None)
     if changed: measured += "\n\nMeasured with the RoPE of the training; these files are read by code that computes it in bf16."

@@ -94,8 +94,6 @@ def filled(parts:Parts, tensors:dict[str, torch.Tensor], what:str) -> Model:
     return model
 
 # %% ../nbs/53_hub.ipynb #2c943c01
-def _same(a:At, b:At) -> bool: return a.job == b.job and (a.step or a.job.steps) == (b.step or b.job.steps)
-
 def _subjects(target:At, evaluator) -> list[At]:
     "What the evaluator's rows about `target` are numbers of: of a generator also the tokenizer that decodes, its own or another."
     decoder = getattr(evaluator, "decoder", None)
@@ -110,7 +108,7 @@ def measurements(of:At|None, measured:Iterable[Run]) -> list[dict]:
         target = getattr(job, "of", None)
         if not isinstance(target, At) or not hasattr(job, "evaluators"): raise ValueError(f"{run.path.name} is no evaluation: give runs of Evaluate")
         for evaluator in job.evaluators:
-            if of is None or not any(_same(of, one) for one in _subjects(target, evaluator)): raise ValueError(f"{run.path.name} measured another checkpoint than the one that is published ({type(evaluator).__name__}): give that job (and step)")
+            if of is None or not any(of.same(one) for one in _subjects(target, evaluator)): raise ValueError(f"{run.path.name} measured another checkpoint than the one that is published ({type(evaluator).__name__}): give that job (and step)")
         if not run.done: raise ValueError(f"{run.path.name} has not run to its end: launch it first")
         rows += run.rows()
     return rows

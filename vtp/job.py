@@ -79,6 +79,10 @@ class At:
         kept = (*self.job.keep, self.job.steps)
         if self.step not in (None, *kept): raise ValueError(f"step {self.step} is not kept by the job: it keeps {sorted(set(kept))}; name it in keep")
 
+    def same(self, other:"At") -> bool:
+        "Whether both are one checkpoint: the last one may be named by its step."
+        return self.job == other.job and (self.step or self.job.steps) == (other.step or other.job.steps)
+
     def load(self, where="cpu"): return self.job.load(self.step, where)
     def spent(self) -> dict[str, float]: return self.job.spent(self.step)
 

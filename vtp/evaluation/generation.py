@@ -60,10 +60,6 @@ def _chain(at:At) -> list[At]:
 
 def _origin(at:At) -> At: return _chain(at)[-1]
 
-def _same(a:At, b:At) -> bool:
-    "Whether two checkpoints are one: the last one may be named by its step."
-    return a.job == b.job and (a.step or a.job.steps) == (b.step or b.job.steps)
-
 # %% ../../nbs/75_generation.ipynb #61706dfe
 @dataclass(frozen=True, kw_only=True)
 class GenerationQuality(Evaluator):
@@ -96,7 +92,7 @@ class GenerationQuality(Evaluator):
         if self.sampler.guidance != 1 and not job.drop_labels: raise ValueError(f"guidance={self.sampler.guidance} needs the null label, which drop_labels=0 never trains: train with drop_labels=0.1, or sample with guidance=1")
         if self.decoder:
             self.decoder.check()
-            if not any(_same(at, job.latents.of) for at in _chain(self.decoder)):
+            if not any(at.same(job.latents.of) for at in _chain(self.decoder)):
                 of = job.latents.of
                 raise ValueError(f"decoder was not made from the checkpoint of the latents: give a decoder stage of {of.job.label() or of.job.kind} at step {of.step or of.job.steps}, or None")
         extractor, size = self.extractor.build(), tokenizer_of(job).image_size

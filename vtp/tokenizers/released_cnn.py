@@ -14,7 +14,7 @@ import torch
 
 from .ldm_cnn import CNNConfig
 from .pretrained import Model, Released
-from ..weights import fill, read_json, read_tensors, unpickled
+from ..weights import fill, only_tensors, read_json, read_tensors, unpickled
 
 # %% ../../nbs/43b_released_cnn.ipynb #25e047a5
 _NAMES = ((r"mid_block\.resnets\.(\d)", lambda found: f"mid.block_{int(found[1]) + 1}"), (r"mid_block\.attentions\.0", "mid.attn_1"), (r"(down|up)_blocks", r"\1"),
@@ -84,8 +84,9 @@ _TRAINING = "loss.", "foundation_model.", "linear_proj."     # what a checkpoint
 
 def from_ldm(path:Path) -> dict[str, torch.Tensor]:
     "The autoencoder in a checkpoint of latent diffusion or VA-VAE. Raises ValueError for a file that can't be read without running code, or holds more than tensors."
-    wrapped = path.suffix != ".safetensors" and "state_dict" in unpickled(path)
-    return {name: tensor for name, tensor in read_tensors(path, ("state_dict",) if wrapped else ()).items() if not name.startswith(_TRAINING)}
+    held = read_tensors(path) if path.suffix == ".safetensors" else unpickled(path)
+    tensors = only_tensors(held, path.name, ("state_dict",) if "state_dict" in held else ())
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(_TRAINING)}
 
 @dataclass(frozen=True)
 class LDMVAE(Released):
