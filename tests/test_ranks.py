@@ -1,11 +1,16 @@
 """Two gloo ranks give the losses and gradients of one process, in double precision, for every objective."""
+import os
+import signal
+import time
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as torch_dist
 from tiny import clip, job, one_step, rec, ssl
 
 from vtp.config import dumps
-from vtp.dist import rank, start
+from vtp.dist import RankError, rank, start
 
 VARIANTS = {
     "clip": (clip(),),
@@ -18,12 +23,25 @@ VARIANTS = {
 }
 
 
+def text_of(name):
+    return dumps(job(VARIANTS[name], dtype="fp64"))
+
+
+def every_step(texts):
+    return [one_step(text) for text in texts]
+
+
+@pytest.fixture(scope="module")
+def two():
+    "The steps of all variants on two ranks: one start, which is what takes the time."
+    return dict(zip(VARIANTS, start(every_step, [text_of(name) for name in VARIANTS], nproc=2), strict=True))
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_two_ranks_equal_one(name):
-    text = dumps(job(VARIANTS[name], dtype="fp64"))
-    losses, gradients, masked = one_step(text)
-    losses2, gradients2, masked2 = start(one_step, text, nproc=2)
+def test_two_ranks_equal_one(name, two):
+    losses, gradients, masked = one_step(text_of(name))
+    losses2, gradients2, masked2 = two[name]
     assert losses.keys() == losses2.keys() and gradients.keys() == gradients2.keys() and gradients
     for key in losses:
         assert losses2[key] == pytest.approx(losses[key], rel=1e-10, abs=1e-12), key
@@ -50,3 +68,48 @@ def fail(bad):
 def test_the_error_of_a_rank_is_the_error_that_arrives(bad):
     with pytest.raises(Exception, match=f"rank {bad} was told to fail"):
         start(fail, bad, nproc=2)
+
+
+def hang(rank_that_sleeps):
+    "One rank does not answer."
+    if rank() == rank_that_sleeps:
+        time.sleep(600)
+    torch_dist.barrier()
+
+
+def test_a_rank_that_does_not_answer_is_not_waited_for_for_ever():
+    began = time.monotonic()
+    with pytest.raises(RankError, match=r"rank 0 lost another rank: it died, or did not answer within 4 s \(timeout_minutes"):
+        start(hang, 1, nproc=2, timeout_s=4)
+    assert time.monotonic() - began < 120
+
+
+def die(number):
+    "A rank is killed while another waits for it."
+    if rank() == number:
+        os.kill(os.getpid(), signal.SIGKILL)
+    torch_dist.barrier()
+
+
+@pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_rank_that_was_killed_is_named(number):
+    with pytest.raises(RankError, match=rf"^rank {number} \(process \d+\) was killed by SIGKILL.*no traceback.*launch again"):
+        start(die, number, nproc=2)
+
+
+def once(folder, procs):
+    "The first time, the last rank is killed; afterwards it counts the times that it was started."
+    file = Path(folder) / str(rank())
+    times = len(file.read_text()) if file.exists() else 0
+    file.write_text("x" * (times + 1))
+    torch_dist.barrier() if procs > 1 else None
+    if rank() == procs - 1 and times == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    torch_dist.barrier() if procs > 1 else None
+    return times + 1
+
+
+@pytest.mark.parametrize("procs", [1, 2])
+def test_ranks_are_started_anew(procs, tmp_path):
+    assert start(once, str(tmp_path), procs, nproc=procs, restarts=1) == 2
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {str(n): "xx" for n in range(procs)}

@@ -84,6 +84,7 @@ TUNE = OptimConfig(lr=1e-4, betas=(.5, .9), eps=1e-8, weight_decay=0., warmup_st
 class FinetuneDecoder(Job):
     "Tune the pixel decoder of a trained tokenizer with reconstruction and adversarial losses (§3.2, stage 2)."
     kind:ClassVar[str] = "finetune"
+    shardings:ClassVar[tuple[str, ...]] = ("ddp",)      # the adaptive weight asks for gradients at one whole matrix, in the middle of backward
     of:At                                     # the checkpoint to start from
     pairs:object                              # a pair source
     rec:Reconstruction

@@ -18,10 +18,10 @@ from torch import nn
 
 from .data.batch_sampling import loader
 from .data.samples import Bad, mix, summary
-from .dist import any_rank, device, gather_objects, is_main, rank, sum_ranks, unwrap, world
+from .dist import any_rank, device, gather_objects, is_main, is_sharded, rank, sum_ranks, unwrap, world
 from .job import Job, progress
-from .optim import load_optim, optim_tensors
-from .run import Run
+from .optim import load_optim, moments_like, optim_tensors
+from .run import Checkpoint, Run
 
 # %% ../nbs/50a_loop.ipynb #5602e02d
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}   # of weights and images; bf16 is autocast over fp32 weights
@@ -96,16 +96,15 @@ def stop_signal():
 
 # %% ../nbs/50a_loop.ipynb #fe090d13
 class State(NamedTuple):
-    "All that a training carries from step to step; a checkpoint holds one file for each name."
+    "All that a training carries from step to step; a checkpoint holds one group of tensors for each name."
     modules:dict[str, nn.Module]
     opts:dict[str, torch.optim.AdamW]
     ledger:Ledger
 
 def save(run:Run, job:Job, state:State, done:int):
-    "Write a checkpoint from rank 0; ranks hold the same state."
-    if not is_main(): return
+    "Write a checkpoint: from rank 0 if ranks hold the same state, from all if they share it."
     groups = {name: unwrap(module).state_dict() for name, module in state.modules.items()} | {name: optim_tensors(opt) for name, opt in state.opts.items()}
-    run.save(done, groups, {"ledger": state.ledger.state, "data": state.ledger.reader.digest}, keep=job.keep)
+    if is_main() or any(is_sharded(tensor) for tensors in groups.values() for tensor in tensors.values()): run.save(done, groups, {"ledger": state.ledger.state, "data": state.ledger.reader.digest}, keep=job.keep)
 
 def resume(run:Run, state:State) -> int:
     """Continue from the newest whole checkpoint, which rank 0 finds and verifies for all: how many steps are done.
@@ -117,11 +116,11 @@ def resume(run:Run, state:State) -> int:
     if step is None:
         state.ledger.begin()
         return 0
-    checkpoint, now = next(c for c in run.checkpoints() if c.step == step), state.ledger.reader.digest
+    checkpoint, now = Checkpoint(run.path / "checkpoints" / f"step-{step:09d}"), state.ledger.reader.digest
     if checkpoint.state["data"] != now:
         raise ValueError(f"{run.path.name} began on other data (index {checkpoint.state['data']}, now {now}): put the shards back as they were, or start a new run with another seed or path")
-    for name, module in state.modules.items(): module.load_state_dict(checkpoint.tensors(name))
-    for name, opt in state.opts.items(): load_optim(opt, checkpoint.tensors(name))
+    for name, module in state.modules.items(): module.load_state_dict(checkpoint.tensors(name, like=module.state_dict()))
+    for name, opt in state.opts.items(): load_optim(opt, checkpoint.tensors(name, like=moments_like(opt)))
     state.ledger.state.update(checkpoint.state["ledger"])
     return checkpoint.step
 
@@ -131,7 +130,7 @@ def seed_step(seed:int, step:int):
 
 # %% ../nbs/50a_loop.ipynb #8990f7d4
 def prepare(model:nn.Module, machine):
-    "Apply the machine's ways of computing to the model, in place; none changes a result beyond rounding."
+    "Apply the machine's ways of computing to the model, in place, before it is wrapped; none changes a result beyond rounding."
     for module in model.modules():
         if hasattr(module, "checkpointing"): module.checkpointing = machine.checkpointing
     if machine.compile:

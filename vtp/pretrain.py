@@ -17,7 +17,7 @@ from torch import nn
 from .data.batch_sampling import Batches, hands
 from .config import added
 from .data.samples import Pair
-from .dist import alone, device, is_main, rank, unwrap, world, wrap
+from .dist import alone, device, gathered, is_main, rank, unwrap, world, wrap
 from .flops import count
 from .interfaces import Draw, Evaluator, ObjectiveConfig
 from .job import At, Job, run_of
@@ -153,28 +153,34 @@ def train(self:Pretrain, run:Run) -> bool:
     machine, batches = run.machine, Batches(self.pairs, self.objectives, self.seed, self.steps, rank(), world())
     first = self.start.load().state_dict() if self.start and not run.checkpoints() else None
     model = freeze_unused(self.build(device(machine.device), first), self).train()
-    opt = adamw(model, self.optim)
-    state = State({"model": model}, {"optim": opt}, Ledger(run, self, batches.reader))
-    done = resume(run, state)
     prepare(model, machine)
     wrapped = wrap(model, machine.sharding)
+    opt = adamw(model, self.optim)               # of what the ranks have made of the parameters
+    state = State({"model": model}, {"optim": opt}, Ledger(run, self, batches.reader))
+    done = resume(run, state)
+    def whole(): return gathered(model, lambda: self.build(device(machine.device)))
     def step(batch, done): return train_step(wrapped, batch, opt, self, done)
     def report(numbers, done):
-        _picture(self, run, model, batches.reader, done)
+        if _pictured(self, done): _picture(self, run, whole(), batches.reader, done)
         return [{"step": done, **self.spent(done), **averages(numbers | model.monitor()), "lr": lr_at(self.optim, done - 1, self.steps)}]
     def probe(done):
         about = {"step": done, "train_seed": self.seed, **self.spent(done)}
-        return [row | about for each in self.probes for row in each.rows(model, next(model.parameters()).device)]
+        seen = whole() if self.probes else None
+        return [row | about for each in self.probes for row in each.rows(seen, next(seen.parameters()).device)]
     return loop(self, run, batches, state, done, step, report, probe)
 
 Pretrain.__call__ = train
 
 # %% ../nbs/51_pretrain.ipynb #6a3e5b79
+def _pictured(job:Pretrain, done:int) -> bool:
+    "Whether a picture is due: ten times in a training and at its end, if it reconstructs."
+    every = max(1, job.steps // 10 // job.log_every) * job.log_every
+    return "rec" in job.weights and (done % every == 0 or done == job.steps)
+
 @torch.inference_mode()
 def _picture(job:Pretrain, run:Run, model:Overall, reader, done:int):
-    "Eight images over their reconstructions, to TensorBoard, ten times in a training and at its end."
-    every = max(1, job.steps // 10 // job.log_every) * job.log_every
-    if not is_main() or "rec" not in job.weights or done % every and done != job.steps: return
+    "Eight images over their reconstructions, to TensorBoard, from rank 0."
+    if not is_main(): return
     rec = next(o for o in job.objectives if o.name == "rec")
     pairs = [p for p in reader.read(np.arange(min(8, len(reader))), np.arange(min(8, len(reader)), dtype=np.uint64)) if isinstance(p, Pair)]
     first = next(model.parameters())

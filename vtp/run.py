@@ -12,13 +12,15 @@ import hashlib
 import json
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from .config import dumps, loads
+from .dist import gather_objects, is_main, is_sharded, local, rank, shard, span, world
 
 # %% ../nbs/02_run.ipynb #eb91707d
 def root() -> Path:
@@ -64,9 +66,22 @@ class Checkpoint:
     @property
     def state(self) -> dict: return json.loads((self.path / "state.json").read_text())
 
-    def tensors(self, group:str, device="cpu") -> dict[str, torch.Tensor]:
-        "The tensors saved as `group`. Raises FileNotFoundError if there is no such group."
-        return load_file(self.path / f"{group}.safetensors", device=str(device))
+    def tensors(self, group:str, device="cpu", like:dict[str, torch.Tensor]|None=None) -> dict[str, torch.Tensor]:
+        """The tensors saved as `group`, whole; where that of the same name in `like` is sharded, only this rank's rows, sharded as it is.
+
+        Raises FileNotFoundError if there is no such group, ValueError if the shapes are others than in `like`."""
+        like = {name: tensor for name, tensor in (like or {}).items() if is_sharded(tensor)}
+        whole, index = self.path / f"{group}.safetensors", self.path / f"{group}.index.json"
+        if not like and not index.exists(): return load_file(whole, device=str(device))
+        with ExitStack() as stack:
+            opened = lambda file: stack.enter_context(safe_open(file, "pt", device=str(device)))
+            if index.exists():
+                table = json.loads(index.read_text())
+                files = [opened(file) for file in sorted(self.path.glob(f"{group}.*-of-*.safetensors"))]
+            else:
+                files = [opened(whole)]
+                table = {name: dict(shape=files[0].get_slice(name).get_shape(), rows=None) for name in files[0].keys()}
+            return {name: _read(name, files, like.get(name), **about) for name, about in table.items()}
 
     def damage(self) -> str|None:
         "What is wrong with the files, or None if all are as they were written."
@@ -80,26 +95,83 @@ class Checkpoint:
             if hash_file(file) != digest: return f"{name} has other bytes than were written"
 
 # %% ../nbs/02_run.ipynb #0a3de999
-def write_checkpoint(folder:Path, step:int, groups:dict[str, dict], state:dict) -> Checkpoint:
-    """Write groups of tensors and a small dictionary as `step-…`, durably.
+def _cut(files:list, name:str, rows:list, start:int, stop:int) -> torch.Tensor:
+    "Rows start … stop - 1 of a tensor whose `rows` lie in several `files`."
+    pieces = [files[k].get_slice(name)[max(a, start) - a:min(b, stop) - a] for k, a, b in rows if a < stop and b > start]
+    return torch.cat(pieces) if pieces else files[rows[0][0]].get_slice(name)[0:0]
 
-    Raises ValueError if a tensor is not finite: such a state is never saved."""
+def _read(name:str, files:list, like:torch.Tensor|None, shape:list[int], rows:list|None) -> torch.Tensor:
+    "A tensor of a group, whole or as `like` is sharded."
+    if like is None: return files[0].get_tensor(name) if rows is None else _cut(files, name, rows, 0, shape[0])
+    if list(like.shape) != shape: raise ValueError(f"{name} has shape {shape} in the checkpoint and {list(like.shape)} here: it is of another model")
+    return shard(_cut(files, name, rows or [(0, 0, shape[0])], *span(like)), like)
+
+# %% ../nbs/02_run.ipynb #4018c02e
+def _agreed(shared:bool, work, *args):
+    "[what `work(*args)` returned on each rank]. What it raised in one rank of those that write together is raised in all."
+    if not shared: return [work(*args)]
+    result = failed = None
+    try: result = work(*args)
+    except (OSError, ValueError) as error: failed = error
+    everyone = gather_objects((result, failed and f"{type(failed).__name__}: {failed}"))
+    if failed: raise failed
+    for number, (_, said) in enumerate(everyone):
+        if said: raise RuntimeError(f"rank {number} could not write its part of the checkpoint, the one before it stays: {said}")
+    return [result for result, _ in everyone]
+
+def _begin(beside:Path, step:int, groups:dict[str, dict]):
+    "Refuse a state that is not finite; on rank 0, make an empty folder."
     for group, tensors in groups.items():
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if tensor.is_floating_point() and not torch.isfinite(local(tensor)).all():
                 raise ValueError(f"{group}/{name} is not finite at step {step}: not saved, the checkpoint before it stays")
-    final, beside = folder / f"step-{step:09d}", folder / f".step-{step:09d}"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    if is_main():
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+
+def _write(beside:Path, groups:dict[str, dict]) -> tuple[dict, dict]:
+    "Write this rank's files: what the manifest says of them, and {group: {name: (shape, span)}} of the groups that are sharded."
+    manifest, spans = {}, {}
     for group, tensors in groups.items():
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, beside / f"{group}.safetensors")
-    (beside / "state.json").write_text(json.dumps(state))
-    manifest = {f.name: (f.stat().st_size, hash_file(f)) for f in sorted(beside.iterdir())}
-    (beside / "manifest.json").write_text(json.dumps(manifest))
-    for file in (*beside.iterdir(), beside): sync(file)
+        rows = {name: span(tensor) for name, tensor in tensors.items() if is_sharded(tensor)}
+        mine = tensors if is_main() else {name: tensors[name] for name in rows}
+        if rows: spans[group] = {name: (list(tensor.shape), rows.get(name)) for name, tensor in mine.items()}
+        if rows or is_main():
+            file = beside / (f"{group}.{rank():05d}-of-{world():05d}.safetensors" if rows else f"{group}.safetensors")
+            save_file({name: local(tensor).cpu().contiguous() for name, tensor in mine.items()}, file)
+            sync(file)
+            manifest[file.name] = file.stat().st_size, hash_file(file)
+    return manifest, spans
+
+def _index(parts:list[dict]) -> dict[str, dict]:
+    "From the spans of one group on each rank, the index: {name: {shape, rows}}."
+    table = {}
+    for number, part in enumerate(parts):
+        for name, (shape, rows) in part.items():
+            entry = table.setdefault(name, dict(shape=shape, rows=rows and []))
+            if rows and rows[0] < rows[1]: entry["rows"].append([number, *rows])
+    return table
+
+def _complete(beside:Path, final:Path, state:dict, parts:list[tuple[dict, dict]]):
+    "On rank 0: the small files, then the name."
+    if not is_main(): return
+    texts = {f"{group}.index.json": _index([spans[group] for _, spans in parts]) for group in parts[0][1]}
+    for name, value in {**texts, "state.json": state}.items(): (beside / name).write_text(json.dumps(value))
+    small = {name: ((beside / name).stat().st_size, hash_file(beside / name)) for name in (*texts, "state.json")}
+    (beside / "manifest.json").write_text(json.dumps({k: v for manifest, _ in parts for k, v in manifest.items()} | small))
+    for file in (*(beside / name for name in small), beside / "manifest.json", beside): sync(file)
     if final.exists(): shutil.rmtree(final)
     os.replace(beside, final)
-    sync(folder)
+    sync(final.parent)
+
+def write_checkpoint(folder:Path, step:int, groups:dict[str, dict], state:dict) -> Checkpoint:
+    """Write groups of tensors and a small dictionary as `step-…`, durably. If any tensor is sharded, all ranks call this together; otherwise one process does.
+
+    Raises ValueError if a tensor is not finite: such a state is never saved."""
+    final, beside = folder / f"step-{step:09d}", folder / f".step-{step:09d}"
+    shared = any(is_sharded(tensor) for tensors in groups.values() for tensor in tensors.values())
+    _agreed(shared, _begin, beside, step, groups)
+    _agreed(shared, _complete, beside, final, state, _agreed(shared, _write, beside, groups))
     return Checkpoint(final)
 
 # %% ../nbs/02_run.ipynb #9625c57e
@@ -181,13 +253,18 @@ def _checkpoints(self:Run) -> list[Checkpoint]:
     return [Checkpoint(p) for p in sorted((self.path / "checkpoints").glob("step-*"))]
 
 def _save(self:Run, step:int, groups:dict[str, dict], state:dict, keep:tuple[int, ...]=()) -> Checkpoint:
-    "Write a checkpoint with the byte counts of the rows; drop older ones except the last two and the steps in `keep`."
-    for name in ROWS: (self.path / name).touch()
-    for name in ROWS: sync(self.path / name)
-    offsets = {name: (self.path / name).stat().st_size for name in ROWS}
+    """Write a checkpoint with the byte counts of the rows; drop older ones except the last two and the steps in `keep`.
+
+    Called by one process, or by all ranks if tensors are sharded: see `write_checkpoint`."""
+    offsets = {}
+    if is_main():
+        for name in ROWS: (self.path / name).touch()
+        for name in ROWS: sync(self.path / name)
+        offsets = {name: (self.path / name).stat().st_size for name in ROWS}
     saved = write_checkpoint(self.path / "checkpoints", step, groups, {**state, "step": step, "offsets": offsets})
-    for old in _checkpoints(self)[:-2]:
-        if old.step not in keep: shutil.rmtree(old.path)
+    if is_main():
+        for old in _checkpoints(self)[:-2]:
+            if old.step not in keep: shutil.rmtree(old.path)
     return saved
 
 def _latest(self:Run) -> Checkpoint|None:

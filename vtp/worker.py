@@ -7,6 +7,7 @@ __all__ = ['environment', 'work', 'main']
 
 # %% ../nbs/04_worker.ipynb #da783c57
 import json
+import os
 import platform
 import sys
 from contextlib import nullcontext
@@ -15,7 +16,8 @@ from pathlib import Path
 import torch
 
 from . import __version__
-from .dist import barrier, cores, is_main, session, world
+from .dist import barrier, cores, is_main, member, world
+from .job import fits
 from .run import Run, locked, write_text
 
 # %% ../nbs/04_worker.ipynb #c728cd89
@@ -29,6 +31,7 @@ def environment() -> dict:
 def work(path:str) -> bool:
     "Call the job whose run directory is `path`, in this rank of the running group; whether it finished."
     run = Run(path)
+    fits(run.job, run.machine)
     torch.backends.cudnn.allow_tf32 = False      # a dtype that is called fp32 is fp32, in convolutions too; bf16 is asked for by name
     # one core is left to the loader however many workers it has: they must not change the threads, and with them the last bits of a sum
     with locked(run) if is_main() else nullcontext(), cores(spare=1):
@@ -45,7 +48,9 @@ def main():
     "`python -m vtp.worker RUN_DIRECTORY`, also under torchrun."
     if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "config.json").exists():
         sys.exit("usage: [torchrun …] -m vtp.worker RUN_DIRECTORY   (a directory that `launch` or `create` has made, with a config.json)")
-    with session(): finished = work(sys.argv[1])
-    if not finished: sys.exit("stopped early, state saved: start again to continue")
+    machine = Run(sys.argv[1]).machine
+    finished, said = member(work, sys.argv[1], timeout_s=60 * machine.timeout_minutes), "stopped early, state saved: start again to continue"
+    if not finished and "TORCHELASTIC_RUN_ID" not in os.environ: sys.exit(said)
+    if not finished: print(said, flush=True)         # under torchrun a failure would be restarted
 
 if __name__ == "__main__" and not hasattr(sys, "ps1") and "ipykernel" not in sys.modules: main()

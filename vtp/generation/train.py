@@ -156,11 +156,12 @@ def train(self:TrainDiT, run:Run) -> bool:
     "Train from the last checkpoint to the end, or to a stop signal; True at the end."
     machine, where, dtype = run.machine, device(run.machine.device), DTYPES[self.dtype]
     batches, dit = LatentBatches(self, rank(), world()), self.build(where)
-    ema, opt = copy.deepcopy(dit).requires_grad_(False), adamw(dit, self.optim)
+    ema = copy.deepcopy(dit).requires_grad_(False)
+    prepare(dit, machine)
+    wrapped, ema = wrap(dit, machine.sharding), wrap(ema, machine.sharding)
+    opt = adamw(dit, self.optim)                 # of what the ranks have made of the parameters
     state = State({"model": dit, "ema": ema}, {"optim": opt}, Ledger(run, self, batches.reader))
     done = resume(run, state)
-    prepare(dit, machine)
-    wrapped = wrap(dit, machine.sharding)
     encoded = _encoder(self.latents, batches.reader, where, dtype, machine)
     def step(batch, done): return train_step(wrapped, ema, encoded(batch), batch["labels"], mix(self.seed, batches.positions(done)), opt, self, done)
     def report(numbers, done): return [{"step": done, **self.spent(done), **averages(numbers), "lr": lr_at(self.optim, done - 1, self.steps)}]
