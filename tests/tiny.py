@@ -3,6 +3,7 @@ import signal
 
 import vtp.pretrain as package
 from vtp.data.augment import CropConfig
+from vtp.data.samples import mix
 from vtp.data.shapes import Shapes
 from vtp.dist import rank, sum_ranks, world, wrap
 from vtp.data.batch_sampling import Batches
@@ -54,7 +55,7 @@ def one_step(text, step=0):
     model = freeze_unused(config.build(), config).train()
     views = to_device({name: batch[name] for name in config.weights}, "cpu", where)
     wrapped = wrap(model)
-    losses = wrapped(views)
+    losses = wrapped(views, int(mix(config.seed, 0)))
     sum(config.weights[name] * loss for name, loss in losses.items()).backward()
     masked = int(views["ssl"]["masked_weight"].gt(0).sum()) if "ssl" in views else 0
     return ({name: float(sum_ranks(loss) / world()) for name, loss in losses.items()},

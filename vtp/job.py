@@ -28,13 +28,14 @@ from .run import Run, create, runs
 # %% ../nbs/03_job.ipynb #c5f120c8
 @dataclass(frozen=True)
 class Machine:
-    "How a job is run. Nothing here may change a result, but for noise that a tokenizer or stochastic depth draws in training: each rank draws its own."
+    "How a job is run. Nothing here may change a result, but for noise that a tokenizer (RAE, a VAE's posterior) draws in training: each rank draws its own."
     procs:int = 1              # processes of a job on this machine; on GPUs, one each
     jobs:int = 1               # jobs that run at the same time where none is another's input
     device:str = "auto"        # "auto", "cpu", "cuda"
     workers:int = 1            # loader processes for each rank; 0 loads in the training process
     compile:bool = False       # torch.compile the model
     checkpointing:bool = False # recompute activations in backward: less memory, about 30 % more time
+    chunk:int|None = None      # samples of a rank that CLIP, SSL and reconstruction compute at once, the rest being replayed: memory of a chunk, gradients of the batch; None: all
     sharding:str = "ddp"       # how ranks share the model: "ddp", each holds it whole; "fsdp", each holds some rows of every parameter
     save_minutes:float = 5.    # wall-clock minutes between checkpoints
     restarts:int = 0           # how often the ranks of a job are started anew, from its last checkpoint, after one has failed
@@ -44,6 +45,7 @@ class Machine:
         if min(self.procs, self.jobs) < 1 or self.workers < 0:
             raise ValueError(f"procs={self.procs} and jobs={self.jobs} must be at least 1, workers={self.workers} at least 0")
         if self.sharding not in SHARDINGS: raise ValueError(f"sharding={self.sharding!r} is not known: use one of {SHARDINGS}")
+        if self.chunk is not None and self.chunk < 1: raise ValueError(f"chunk={self.chunk} must be at least 1, or None for a whole batch at once")
         if self.restarts < 0 or self.timeout_minutes <= 0: raise ValueError(f"restarts={self.restarts} must be at least 0, timeout_minutes={self.timeout_minutes} positive")
 
 # %% ../nbs/03_job.ipynb #fb88221c

@@ -133,6 +133,7 @@ def prepare(model:nn.Module, machine):
     "Apply the machine's ways of computing to the model, in place, before it is wrapped; none changes a result beyond rounding."
     for module in model.modules():
         if hasattr(module, "checkpointing"): module.checkpointing = machine.checkpointing
+        if hasattr(module, "chunk"): module.chunk = machine.chunk
     if machine.compile:
         for module in model.modules():
             for block in getattr(module, "blocks", ()): block.compile()

@@ -16,7 +16,7 @@ from torch import nn
 
 from .data.batch_sampling import Batches, hands
 from .config import added
-from .data.samples import Pair
+from .data.samples import Pair, mix
 from .dist import alone, device, gathered, is_main, rank, unwrap, world, wrap
 from .flops import count
 from .interfaces import Draw, Evaluator, ObjectiveConfig
@@ -31,7 +31,7 @@ from .weights import fill
 def train_step(model:nn.Module, batch:dict, opt:torch.optim.AdamW, config:"Pretrain", step:int) -> dict[str, torch.Tensor]:
     "One optimiser step on Eq. 2; its numbers as tensors, because reading them would wait for the device."
     kind = next(model.parameters()).device.type
-    with torch.autocast(kind, torch.bfloat16, enabled=config.dtype == "bf16"): losses = model(batch)
+    with torch.autocast(kind, torch.bfloat16, enabled=config.dtype == "bf16"): losses = model(batch, int(mix(config.seed, step)))
     loss = sum(config.weights[k] * l for k, l in losses.items())      # Eq. 2: λ_rec L_rec + λ_ssl L_ssl + λ_clip L_clip
     loss.backward()
     grad_norm, stepped = guarded_step(opt, config.optim.clip, lr_at(config.optim, step, config.steps))

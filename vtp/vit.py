@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .drop_path import Drop, plan
 from .rope import RopeConfig, RopePeriods, rope_table, rotate
 
 # %% ../nbs/10a_vit.ipynb #aa0c9141
@@ -164,15 +165,13 @@ def _rows(chosen, parts):
     return _join([rearrange(rows, "(b n) -> b n", b=part.batch)[samples].flatten()
                   for rows, part, samples in zip(_split(numbers, parts), parts, chosen)])
 
-def residual(tokens, parts, branch, drop:float):
-    "tokens + branch(tokens); if `drop` > 0 the branch is computed for a random subset of the samples of each part (DINOv2)."
+def residual(tokens, parts, branch, kept=None):
+    "tokens + branch(tokens); given a `Kept` for each part, the branch is computed for those samples only (DINOv2)."
     base = _answered(tokens, parts)
-    if drop == 0: return base + branch(tokens, parts)
-    kept = [part._replace(batch=max(int(part.batch * (1 - drop)), 1)) for part in parts]
-    chosen = [torch.randperm(part.batch, device=tokens.device)[:few.batch] for part, few in zip(parts, kept)]
-    change = _split(branch(tokens.index_select(0, _rows(chosen, parts)), kept).to(base.dtype), _after(kept))
-    change = _join([rows * (part.batch / few.batch) for rows, part, few in zip(change, parts, kept)])
-    return base.index_add(0, _rows(chosen, _after(parts)), change)
+    if kept is None: return base + branch(tokens, parts)
+    few, chosen = [part._replace(batch=len(k.samples)) for part, k in zip(parts, kept)], [k.samples for k in kept]
+    change = _split(branch(tokens.index_select(0, _rows(chosen, parts)), few).to(base.dtype), _after(few))
+    return base.index_add(0, _rows(chosen, _after(parts)), _join([rows * k.scale for rows, k in zip(change, kept)]))
 
 # %% ../nbs/10a_vit.ipynb #920f5af7
 class LayerScale(nn.Module):
@@ -191,10 +190,10 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(config), (Mlp if config.ffn == "mlp" else SwiGLU)(config)
         self.ls1, self.ls2 = (nn.Identity() if config.layer_scale is None else LayerScale(config.width, config.layer_scale) for _ in "12")
 
-    def forward(self, tokens, parts, drop:float=0.):
-        "tokens (T, D) → (T', D), the rows of every part's `queries`."
-        tokens = residual(tokens, parts, lambda rows, parts: self.ls1(self.attn(self.norm1(rows), parts)), drop)
-        return residual(tokens, _after(parts), lambda rows, parts: self.ls2(self.mlp(self.norm2(rows))), drop)
+    def forward(self, tokens, parts, kept=(None, None)):
+        "tokens (T, D) → (T', D), the rows of every part's `queries`; `kept`: samples whose attention and feed-forward are computed, None: all."
+        tokens = residual(tokens, parts, lambda rows, parts: self.ls1(self.attn(self.norm1(rows), parts)), kept[0])
+        return residual(tokens, _after(parts), lambda rows, parts: self.ls2(self.mlp(self.norm2(rows))), kept[1])
 
 # %% ../nbs/10a_vit.ipynb #6bc8b5fb
 class Blocks(nn.Module):
@@ -218,22 +217,21 @@ class Blocks(nn.Module):
         "Yield (rows, parts) after every block. tokens: list of (B, N, D); `only_cls`: list of bool, for the last block."
         last = [self._part(t, grid, cls) for t, grid, cls in zip(tokens, grids, only_cls or [False] * len(tokens), strict=True)]
         parts, rows = [part._replace(queries=part.length) for part in last], _join([rearrange(t, "b n d -> (b n) d") for t in tokens])
-        if not 0 <= drop < 1: raise ValueError(f"drop={drop}: a stochastic-depth rate is in [0, 1)")
-        drop = drop if self.training else 0.
-        for i, block in enumerate(self.blocks, 1):
+        subsets = plan(drop, [part.batch for part in parts], len(self.blocks), rows.device, self.training)
+        for i, (block, kept) in enumerate(zip(self.blocks, subsets), 1):
             if i == len(self.blocks): parts = last
-            if self.checkpointing and torch.is_grad_enabled(): rows = checkpoint(block, rows, parts, drop, use_reentrant=False)
-            else: rows = block(rows, parts, drop)
+            if self.checkpointing and torch.is_grad_enabled(): rows = checkpoint(block, rows, parts, kept, use_reentrant=False)
+            else: rows = block(rows, parts, kept)
             yield rows, parts
 
     def _samples(self, rows, parts, norm=True):
         "Final norm (or none), then one (B, N, D) per part."
         return [rearrange(t, "(b n) d -> b n d", b=part.batch) for t, part in zip(_split(self.norm(rows) if norm else rows, _after(parts)), parts)]
 
-    def forward(self, tokens, grids, drop:float=0., only_cls=None):
+    def forward(self, tokens, grids, drop:float|Drop=0., only_cls=None):
         """Normed tokens (B, N, D) after the last block, or a list of them for lists of `tokens` and `grids` [(h, w), …].
 
-        `drop` is the stochastic-depth rate of this call, in training mode only; where `only_cls` (bool per list entry) holds, N is 1.
+        `drop` is the stochastic-depth rate of this call, or a `Drop` that places it in the global batch, in training mode only; where `only_cls` (bool per list entry) holds, N is 1.
         Raises ValueError for more patches in the grid than tokens, or lists of unequal lengths."""
         if isinstance(tokens, torch.Tensor):
             return Blocks.forward(self, [tokens], [grids], drop, None if only_cls is None else [only_cls])[0]
@@ -292,10 +290,10 @@ class ViT(Blocks):
         r = 1 + self.config.registers
         return Tokens(samples[:, 0], samples[:, 1:r], samples[:, r:])
 
-    def forward(self, images, mask=None, mask_token=None, drop:float=0., only_cls=False):
+    def forward(self, images, mask=None, mask_token=None, drop:float|Drop=0., only_cls=False):
         """`Tokens` of `images` (B, 3, H, W), ImageNet-normalised; or a list of `Tokens` for a list of batches of several sizes.
 
-        mask: (B, N) bool, those patch embeddings become `mask_token` (D,); drop: stochastic-depth rate of this call, in training mode only;
+        mask: (B, N) bool, those patch embeddings become `mask_token` (D,); drop: stochastic-depth rate of this call, or a `Drop`, in training mode only;
         only_cls: the last block computes the class token alone (the same cls, less work; no registers, no patches).
         For a list of images, `mask` and `only_cls` are lists as well, or left out.
 

@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..chunks import replayed
 from ..data.augment import CropConfig, random_crops
 from ..dist import gather, rank
+from ..drop_path import Drop, drop_of
 from ..interfaces import Draw, Objective, ObjectiveConfig, Tokenizer
 from ..text import TextConfig, TextEncoder, bpe, cut
 
@@ -97,15 +99,16 @@ class ContrastiveLoss(Objective):
     def __init__(self, config:Contrastive, width:int):
         super().__init__()
         self.config, self.monitor, sigmoid = config, {}, config.loss == "siglip"
+        self.chunk:int|None = None      # pairs of a rank that are embedded at once; None: all
         self.text = TextEncoder(config.text)
         self.visual_proj = nn.Linear(width, config.text.dim, bias=False)
         nn.init.normal_(self.visual_proj.weight, std=width ** -.5)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10. if sigmoid else 1 / .07)))
         if sigmoid: self.logit_bias = nn.Parameter(torch.tensor(-10.))
 
-    def image_features(self, tokenizer:Tokenizer, images:torch.Tensor) -> torch.Tensor:
-        "(b, 3, H, W) in [0, 1] → unit features (b, dim), fp32 or wider; for the loss and for zero-shot classification."
-        return self.project(tokenizer.embed(images, tap=self.config.tap, drop=self.config.drop, only_cls=True).cls)
+    def image_features(self, tokenizer:Tokenizer, images:torch.Tensor, drop:Drop|float|None=None) -> torch.Tensor:
+        "(b, 3, H, W) in [0, 1] → unit features (b, dim), fp32 or wider; for the loss and for zero-shot classification. `drop`: the config's rate, or where the images stand in the batch."
+        return self.project(tokenizer.embed(images, tap=self.config.tap, drop=self.config.drop if drop is None else drop, only_cls=True).cls)
 
     def project(self, cls:torch.Tensor) -> torch.Tensor:
         "Class tokens (b, width) at the tap → unit features (b, dim), fp32 or wider."
@@ -122,13 +125,20 @@ class ContrastiveLoss(Objective):
     def forward(self, tokenizer:Tokenizer, batch:dict[str, torch.Tensor]) -> torch.Tensor:
         """This rank's share of the loss over the global batch; `batch` as from `view`, images in [0, 1].
 
-        batch['cls'], if there, are the images' class tokens (b, width) at the tap: the trunk need not run again."""
-        seen = self.project(batch["cls"]) if "cls" in batch else self.image_features(tokenizer, batch["image"])
-        features = seen, self.text_features(batch["ids"])
+        batch['cls'], if there, are the images' class tokens (b, width) at the tap: the trunk need not run again. batch['seed'], if there, is the step's, for stochastic depth."""
+        features = self.features(tokenizer, batch)
         scale = self.logit_scale.exp()
         self.monitor = {"scale": scale.detach()}
         if self.config.loss == "siglip": return siglip_loss(*features, scale, self.logit_bias)
         return clip_loss(*features, scale)
+
+    def features(self, tokenizer:Tokenizer, batch:dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        "Both unit features (b, dim) of this rank's pairs, embedded `chunk` at a time."
+        n = len(batch["ids"])
+        options = {"drop": drop_of(self.config.drop, self.config.name, n, batch.get("seed"))} if self.config.drop else {}
+        def embed(rows): return self.image_features(tokenizer, batch["image"][rows], **{name: drop[rows] for name, drop in options.items()}),
+        seen = self.project(batch["cls"]) if "cls" in batch else replayed(embed, n, self.chunk)[0]
+        return seen, replayed(lambda rows: (self.text_features(batch["ids"][rows]),), n, self.chunk)[0]
 
     @torch.no_grad()
     def after_step(self, progress:float):

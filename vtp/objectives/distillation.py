@@ -16,6 +16,7 @@ from torch import nn
 
 from ..config import digest
 from ..dist import sum_ranks, world
+from ..drop_path import drop_of
 from ..interfaces import Objective, Tokenizer
 from .adversarial import adaptive_weight
 from .reconstruction import Reconstruction
@@ -124,7 +125,7 @@ class DistillationLoss(Objective):
 def _latent(self:DistillationLoss, tokenizer:Tokenizer, batch:dict) -> tuple[torch.Tensor, torch.Tensor]:
     "z (B, d, h, w) to decode and compare, and its divergence."
     if not hasattr(tokenizer, "posterior"):
-        z = batch["z"] if "z" in batch else tokenizer.encode(batch["image"], **({"drop": self.config.drop} if self.config.drop else {}))
+        z = batch["z"] if "z" in batch else tokenizer.encode(batch["image"], **({"drop": drop_of(self.config.drop, "rec", len(batch["image"]), batch.get("seed"))} if self.config.drop else {}))
         return _wide(tokenizer.perturb(z) if self.training else z), z.new_zeros(())
     mean, logvar = map(_wide, tokenizer.posterior(batch["image"]))
     return mean + (logvar / 2).exp() * torch.randn_like(mean) if self.training else mean, divergence(mean, logvar)

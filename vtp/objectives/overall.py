@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 from torch import nn
 
+from ..chunks import replayed
 from ..interfaces import ObjectiveConfig, Tokenizer
 
 # %% ../../nbs/35_overall.ipynb #a09733f7
@@ -38,21 +39,31 @@ class Overall(nn.Module):
         self.objectives = nn.ModuleDict({o.name: o.build(tokenizer) for o in objectives})
         self.shares = same_pixels(objectives) and hasattr(getattr(tokenizer, "encoder", None), "squeeze")   # a trunk with a bottleneck behind it
 
-    def forward(self, batch:dict[str, dict]) -> dict[str, torch.Tensor]:
-        "{objective: its view} → {objective: its loss}"
+    def forward(self, batch:dict[str, dict], seed:int|None=None) -> dict[str, torch.Tensor]:
+        "{objective: its view} → {objective: its loss}. `seed`: of the step, the same on all ranks: stochastic depth is then drawn for the global batch."
+        if seed is not None: batch = {name: {**view, "seed": seed} for name, view in batch.items()}
         if self.shares: batch = batch | self.embed_once(batch["clip"], batch["rec"])
         return {name: objective(self.tokenizer, batch[name]) for name, objective in self.objectives.items()}
 
     def embed_once(self, clip:dict, rec:dict) -> dict[str, dict]:
         "The views of `clip` and `rec` with class tokens `cls` (b, width) and latent `z`, from one pass of the trunk; rec['rows'] are its images' places among clip's."
-        encoder, rest = self.tokenizer.encoder, others(rec["rows"], len(clip["image"]))
-        images = [clip["image"][rest], rec["image"]] if len(rest) else [rec["image"]]
-        seen = self.tokenizer.embed(images, only_cls=[True, False][-len(images):])
-        z = rearrange(encoder.squeeze(seen[-1]).patches, "b (h w) d -> b d h w", h=self.tokenizer.latent_shape[-2])
-        if self.objectives["clip"].config.tap == "latent": seen = [encoder.squeeze(tokens) for tokens in seen]
-        cls = torch.cat([tokens.cls for tokens in seen])
+        rest = others(rec["rows"], len(clip["image"]))
+        tap, chunk = self.objectives["clip"].config.tap, self.objectives["clip"].chunk
+        if chunk is None or len(rec["rows"]) <= chunk >= len(rest): cls, z = self.both(clip["image"][rest], rec["image"], tap)
+        else:
+            z_cls, z = replayed(lambda rows: self.both(rec["image"][:0], rec["image"][rows], tap), len(rec["rows"]), chunk)
+            seen = replayed(lambda rows: (self.tokenizer.embed(clip["image"][rest[rows]], tap, only_cls=True).cls,), len(rest), chunk) if len(rest) else ()
+            cls = torch.cat([*seen, z_cls])
         cls = torch.empty_like(cls).index_copy(0, torch.cat([rest, rec["rows"]]), cls)      # in the order of the captions
         return {"clip": clip | {"cls": cls}, "rec": rec | {"z": z}}
+
+    def both(self, seen:torch.Tensor, drawn:torch.Tensor, tap:str) -> tuple[torch.Tensor, torch.Tensor]:
+        "Class tokens at `tap` of the images `seen`, maybe none, and of those `drawn`; the latent z of the latter."
+        images = [seen, drawn] if len(seen) else [drawn]
+        tokens = self.tokenizer.embed(images, only_cls=[True, False][-len(images):])
+        z = rearrange(self.tokenizer.encoder.squeeze(tokens[-1]).patches, "b (h w) d -> b d h w", h=self.tokenizer.latent_shape[-2])
+        if tap == "latent": tokens = [self.tokenizer.encoder.squeeze(t) for t in tokens]
+        return torch.cat([t.cls for t in tokens]), z
 
     def after_step(self, progress:float):
         "Tell each objective that the optimiser has stepped; progress in (0, 1]."

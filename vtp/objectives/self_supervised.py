@@ -20,8 +20,10 @@ from einops import rearrange
 from torch import nn
 
 from .. import dist
+from ..chunks import replayed
 from ..data.augment import CropConfig, PhotoConfig, block_masks, mask_bounds, photometric, random_crops
 from ..data.samples import mix
+from ..drop_path import drop_of
 from ..interfaces import Draw, Objective, ObjectiveConfig
 
 # %% ../../nbs/33_self_supervised.ipynb #eb455552
@@ -232,11 +234,21 @@ class SelfSupervised(SSLView):
         return SelfDistillation(self, tokenizer)
 
 # %% ../../nbs/33_self_supervised.ipynb #eacad449
+def _pick(crops, rows, n):
+    "The crops (V·b, …) of some of n samples, out of all (V·n, …), view by view."
+    return crops.unflatten(0, (-1, n))[:, rows].flatten(0, 1)
+
+def _views(rows, *tensors):
+    "Each (V·b, …), made of `rows`, as (V, b, …)."
+    return tuple(t.unflatten(0, (-1, rows.stop - rows.start)) for t in tensors)
+
+# %% ../../nbs/33_self_supervised.ipynb #18ba4e87
 class SelfDistillation(Objective):
     "Eq. 1. `monitor` holds its terms and the teacher's sharpness as detached tensors: near-zero entropy or confidence 1/K mean collapse."
     def __init__(self, config:SelfSupervised, tokenizer):
         super().__init__()
         self.config, self.monitor = config, {}
+        self.chunk:int|None = None                               # images of a rank whose crops are embedded at once; None: all
         self.mask_token = nn.Parameter(torch.zeros(tokenizer.width("trunk")))
         self.head = DINOHead(tokenizer.width(config.tap), config.prototypes, config.head_hidden, config.head_bottleneck, config.head_layers)
         self.student = (tokenizer.encoder, self.head)            # a tuple: not a submodule
@@ -253,21 +265,30 @@ class SelfDistillation(Objective):
     @torch.no_grad()
     def targets(self, batch:dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         "What the teacher says: class tokens (2, B, K) and hidden patches (M, K)."
-        tokens = self.teacher.encoder.embed(batch["globals"], self.config.tap)
-        logits = self.teacher.head(torch.cat([tokens.cls, tokens.patches.flatten(0, 1)[batch["masked_index"]]]))
-        cls, patches = logits.split([len(tokens.cls), len(logits) - len(tokens.cls)])
+        def embed(rows):
+            tokens = self.teacher.encoder.embed(_pick(batch["globals"], rows, n), self.config.tap)
+            return _views(rows, tokens.cls, tokens.patches)
+        n = len(batch["globals"]) // 2
+        cls, patches = (t.flatten(0, 1) for t in replayed(embed, n, self.chunk, dim=1))
+        logits = self.teacher.head(torch.cat([cls, patches.flatten(0, 1)[batch["masked_index"]]]))
+        cls, patches = logits.split([2 * n, len(logits) - 2 * n])
         self.means = [None, None]
         return rearrange(self.balanced(cls, 0), "(v b) k -> v b k", v=2), self.balanced(patches, 1, batch["masked_weight"])
 
     def answers(self, tokenizer, batch:dict[str, torch.Tensor]):
         "What the student says: class tokens (2 + L, B, K), hidden patches (M, K); and its class tokens (2B, D) of the global crops."
         images = [batch["globals"]] + ([batch["locals"]] if self.config.locals else [])
-        seen = tokenizer.embed(images, self.config.tap, mask=[batch["mask"], None][:len(images)], mask_token=self.mask_token,
-                               drop=self.config.drop, only_cls=[False, True][:len(images)])
-        patches = seen[0].patches.flatten(0, 1)[batch["masked_index"]]
-        logits = self.head(torch.cat([*(tokens.cls for tokens in seen), patches]))
+        n = len(batch["globals"]) // 2
+        drop = drop_of(self.config.drop, self.config.name, n, batch.get("seed"))
+        def embed(rows):
+            seen = tokenizer.embed([_pick(crops, rows, n) for crops in images], self.config.tap, mask=[_pick(batch["mask"], rows, n), None][:len(images)], mask_token=self.mask_token,
+                                   drop=drop[rows], only_cls=[False, True][:len(images)])
+            return _views(rows, seen[0].patches, *(tokens.cls for tokens in seen))
+        patches, *classes = (t.flatten(0, 1) for t in replayed(embed, n, self.chunk, dim=1))
+        patches = patches.flatten(0, 1)[batch["masked_index"]]
+        logits = self.head(torch.cat([*classes, patches]))
         cls, patches = logits.split([len(logits) - len(patches), len(patches)])
-        return rearrange(cls, "(s b) k -> s b k", s=2 + self.config.locals), patches, seen[0].cls
+        return rearrange(cls, "(s b) k -> s b k", s=2 + self.config.locals), patches, classes[0]
 
     def forward(self, tokenizer, batch:dict[str, torch.Tensor]) -> torch.Tensor:
         "`view`'s tensors, images in [0, 1] → this rank's share of Eq. 1 (plus KoLeo); the mean over ranks is the loss of the global batch."

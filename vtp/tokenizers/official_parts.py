@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from ..drop_path import Drop
 from ..interfaces import Tokenizer
 from ..objectives.contrastive import Contrastive, ContrastiveLoss
 from ..text import TextConfig, TextEncoder
@@ -102,9 +103,9 @@ class OfficialContrastiveLoss(ContrastiveLoss):
         super().__init__(config, width)
         if isinstance(config.text, OfficialTextConfig): self.text = OfficialText(config.text)
 
-    def image_features(self, tokenizer:Tokenizer, images:torch.Tensor) -> torch.Tensor:
-        if self.config.feature == "cls": return super().image_features(tokenizer, images)
-        return self.project(tokenizer.embed(images, tap=self.config.tap, drop=self.config.drop).patches.mean(1))
+    def image_features(self, tokenizer:Tokenizer, images:torch.Tensor, drop:Drop|float|None=None) -> torch.Tensor:
+        if self.config.feature == "cls": return super().image_features(tokenizer, images, drop)
+        return self.project(tokenizer.embed(images, tap=self.config.tap, drop=self.config.drop if drop is None else drop).patches.mean(1))
 
     def forward(self, tokenizer:Tokenizer, batch:dict[str, torch.Tensor]) -> torch.Tensor:
         "As in `ContrastiveLoss`; a class token that was computed for another feature is not used."
