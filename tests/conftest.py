@@ -1,4 +1,5 @@
-"""What every test shares: small threads, an own place for runs and caches, the real data if they are there."""
+"""What every test shares: small threads, an own place for runs and caches, the real data if they are there, and a record of what campaigns tried."""
+import json
 import os
 from pathlib import Path
 
@@ -35,3 +36,16 @@ def shared():
     if not folder.exists():
         pytest.skip("needs ../shared/data, the real images (never part of the repository)")
     return folder
+
+
+@pytest.fixture
+def record(request):
+    """`record(fault=…, promise=…, tried=…, lost=…, skipped=…)` appends a line to the file that VTP_RELIABILITY names; nothing without it.
+
+    tried: faults made; lost: of them, those after which something was lost or wrong; skipped: samples, steps or attempts that were passed over as promised."""
+    def write(*, fault, promise, tried, lost=0, skipped=0):
+        where = os.environ.get("VTP_RELIABILITY")
+        if not where: return
+        row = dict(fault=fault, promise=promise, test=request.node.nodeid.removeprefix("tests/"), tried=tried, lost=lost, skipped=skipped)
+        with open(where, "a") as file: file.write(json.dumps(row) + "\n")
+    return write
