@@ -15,6 +15,7 @@ from tiny import HERE, PART, clip, job, rec, ssl, stop_at
 
 import vtp.finetune_decoder as tuning
 import vtp.training_state as state
+from vtp.checkpoint import hash_file
 from vtp.config import dumps, loads
 from vtp.data.shapes import Shapes
 from vtp.evaluation.generation import GenerationQuality
@@ -30,7 +31,7 @@ from vtp.interfaces import Tokenizer
 from vtp.job import At, launch, load, run_of
 from vtp.objectives.adversarial import Adversarial, PatchGAN
 from vtp.optim import OptimConfig
-from vtp.run import hash_file, locked, runs
+from vtp.run import locked, runs
 from vtp.tokenizers.frozen import Alone, FrozenConfig, RAEDecoderConfig, Untrained
 from vtp.tokenizers.ldm_cnn import CNNConfig
 from vtp.tokenizers.official import OfficialModel

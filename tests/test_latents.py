@@ -13,11 +13,11 @@ from PIL import Image
 from tiny import HERE, job, rec
 
 import vtp.generation.latents as package
+from vtp.checkpoint import write_checkpoint
 from vtp.data.pairs import Shards
 from vtp.data.shapes import Shapes
 from vtp.generation.latents import CacheLatents, encode, open_latents
 from vtp.job import At, launch, run_of
-from vtp.run import write_checkpoint
 from vtp.tokenizers.vit import ViTTokenizer
 
 PRETRAIN = job((rec(),), pairs=Shapes(count=64, size=16), steps=3)

@@ -74,7 +74,7 @@ def test_jobs_do_not_outlive_who_launched_them(tmp_path):
     wait_for(lambda: all(run.checkpoints() for run in runs), 120)          # both train
     process.kill()
     process.wait()
-    owners = [int((run.path / "lock").read_text()) for run in runs]
+    owners = [int((run.path / "lock").read_text().split()[0]) for run in runs]
     wait_for(lambda: not any(Path(f"/proc/{owner}").exists() for owner in owners), 60)
     assert all(run.latest().step > 1 and not run.done for run in runs)      # saved, not lost
 

@@ -1,4 +1,4 @@
-"""A scheduler's SIGTERM, sent to the whole process group, ends with a checkpoint and resumes."""
+"""A scheduler's SIGTERM, sent to the whole process group, or SIGUSR1 to one rank alone, ends with a checkpoint."""
 import os
 import signal
 import subprocess
@@ -21,8 +21,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("procs", [1, 2])
-def test_sigterm_to_the_group_saves(procs, tmp_path):
+@pytest.mark.parametrize("procs,to", [(1, "group"), (2, "group"), (2, "one rank")])
+def test_a_signal_to_the_group_or_to_one_rank_saves(procs, to, tmp_path, record):
     endless = job(steps=100000, log_every=100000, keep=(1,))
     (tmp_path / "run.py").write_text(SCRIPT.format(procs=procs))
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)]))
@@ -33,7 +33,10 @@ def test_sigterm_to_the_group_saves(procs, tmp_path):
             break
         time.sleep(0.2)
     time.sleep(2)
-    os.killpg(process.pid, signal.SIGTERM)
+    if to == "group": os.killpg(process.pid, signal.SIGTERM)
+    else: os.kill(int((run.path / "lock").read_text().split()[0]), signal.SIGUSR1)      # rank 0; the other is not told
     said = process.communicate(timeout=120)[1]
     assert process.returncode != 0 and not run.done
     assert run.checkpoints() and run.latest().step > 1, said[-2000:]
+    if to == "one rank": assert "was stopped and has saved its state: launch again" in said, said[-2000:]
+    record(fault=f"a signal to {to} of {procs}", promise="the step is finished and saved, all ranks end", tried=1)

@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .card import card
+from .checkpoint import write_text
 from .config import dumps, type_name
 from .job import At, Job, inputs, ordered
-from .run import Run, resolve, write_text
+from .run import Run, resolve
 from .tokenizers.official import OfficialVTP, to_official
 from .tokenizers.pretrained import Model, Released
 from .weights import fetched, fill, read_json, read_tensors
@@ -175,7 +176,7 @@ class Published(Released):
     "A model that `save_pretrained` has written: a job like any other release, for `At`, `Evaluate`, `CacheLatents`, `FinetuneDecoder`."
     @property
     def parts(self) -> Parts:
-        parts = read_config(self.path("config.json"))
+        parts = read_config(self.path("config.json"), releases=False)
         if not isinstance(parts, Parts): raise ValueError(f"{self.source} holds the config of a {type(parts).__name__}, not a published model: save_pretrained writes those")
         return parts.alone()
 

@@ -19,12 +19,13 @@ from typing import ClassVar
 import torch
 
 import vtp
+from ..checkpoint import sync, write_text
 from ..data.imagenet import FolderReader, imagenet_classes
 from ..dist import any_rank, device, gather_objects, is_main
 from ..interfaces import Evaluator
 from ..job import At, Job, progress
 from ..loop import stop_signal
-from ..run import Run, sync, write_text
+from ..run import Run
 
 # %% ../../nbs/70_protocol.ipynb #e15ee3c0
 CARD = {

@@ -13,10 +13,11 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from ..checkpoint import hash_file
 from ..dist import is_main
 from ..interfaces import Tokenizer
 from ..job import Job, run_of
-from ..run import Run, hash_file
+from ..run import Run
 from ..weights import Absent, fetched
 
 # %% ../../nbs/43_pretrained.ipynb #5a1e2356
