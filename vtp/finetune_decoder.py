@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from .data.batch_sampling import Batches
+from .data.samples import mix
 from .dist import alone, device, rank, sum_ranks, unwrap, world, wrap
 from .flops import count
 from .interfaces import Tokenizer, need_decoder
@@ -26,7 +27,7 @@ from .job import At, Job, run_of
 from .loop import DTYPES, Ledger, State, averages, check_length, check_source, loop, prepare, resume
 from .objectives.adversarial import Adversarial, AdversarialLoss, adaptive_weight, draws
 from .objectives.reconstruction import Reconstruction, ReconstructionLoss
-from .optim import OptimConfig, adamw, follow, guarded_step, lr_at
+from .optim import OptimConfig, adamw, backward, follow, guarded_step, lr_at
 from .perceptual import perceptual
 from .run import Run
 
@@ -129,6 +130,11 @@ class FinetuneDecoder(Job):
         cost(self)
         perceptual(self.rec.perceptual)
 
+    def checkpoint_bytes(self) -> int:
+        "Of the decoder: weights, their average and two moments."
+        with torch.device("meta"): tokenizer = self.tokenizer.build()
+        return 4 * sum(p.numel() * DTYPES[self.dtype].itemsize for name, p in tokenizer.named_parameters() if name.startswith(tokenizer.decoding))
+
     def load(self, step:int|None=None, where="cpu") -> nn.Module:
         "The model of `of` with the averaged decoder in the place of its own. Raises ValueError if that decoder was tuned for another encoder."
         model, run = self.of.load(where), run_of(self)
@@ -163,15 +169,15 @@ def _clean(tokenizer:Tokenizer, z:torch.Tensor) -> torch.Tensor:
     "What the decoder makes of the latents themselves: a discriminator is not shown noise that no sample has (RAE)."
     return tokenizer.decode(z)
 
-def play(players:Players, image:torch.Tensor, numbers_of, config:"FinetuneDecoder", weight:float, judged:bool) -> dict[str, torch.Tensor]:
-    """Gradients of both players for images (B, 3, H, W) in [0, 1]; `numbers_of(use)` gives random numbers (B, 10).
+def play(players:Players, image:torch.Tensor, numbers_of, config:"FinetuneDecoder", weight:float, judged:bool, seed:int|None=None) -> dict[str, torch.Tensor]:
+    """Gradients of both players for images (B, 3, H, W) in [0, 1]; `numbers_of(use)` gives random numbers (B, 10); `seed` is that of the step, for the noise that a tokenizer adds.
 
     The decoder hears of the discriminator where `weight` > 0, the discriminator learns where `judged`."""
     tokenizer, discriminator = unwrap(players.decoder).tokenizer, unwrap(players.discriminator).eval()
     amp = torch.autocast(image.device.type, torch.bfloat16) if config.dtype == "bf16" and not image.is_meta else nullcontext()
     with amp:
         with torch.no_grad(): z = tokenizer.encode(image)
-        perturbed = tokenizer.perturb(z)
+        perturbed = tokenizer.perturb(z, seed)
         decoded = players.decoder(perturbed).to(image.dtype)
         seen = decoded.detach().requires_grad_()
         terms = players.rec.terms(seen, image)
@@ -183,14 +189,14 @@ def play(players:Players, image:torch.Tensor, numbers_of, config:"FinetuneDecode
         terms["adaptive"], pushed = _adversarial(decoded, gradient, at_gan, players, config.adversarial)
         gradient = gradient + weight * pushed
         loss = loss + torch.where(terms["adaptive"] > 0, weight * terms["adaptive"] * terms["generator"], 0.)
-    decoded.backward(gradient)
+    decoded.backward(gradient * torch.where(torch.isfinite(loss), 1., torch.nan))     # no finite loss, no finite gradient: the step is called off
     if judged:
         discriminator.train()
         with amp:
             fake = seen.detach() if perturbed is z else _clean(tokenizer, z).to(image.dtype)
             if config.adversarial.quantised: fake = fake.clamp(0, 1).mul(255).round().div(255)
             verdict = players.discriminator(image, fake, numbers_of(0), numbers_of(1))
-        verdict["discriminator"].backward()
+        backward(verdict["discriminator"])
         terms |= verdict
     return {k: v.detach() for k, v in {"loss": loss, **terms}.items()}
 
@@ -207,11 +213,14 @@ def finetune_step(players:Players, average:Decoder, opts:dict[str, torch.optim.A
     positions = step * config.batch + rank() * len(image) + np.arange(len(image))
     begin = adversarial.starts(config.steps)[0]
     judged = step >= begin
-    numbers = play(players, image, lambda use: draws(config.seed, positions, use), config, adversarial.weight_at(step, config.steps), judged)
+    powers = [b for b in unwrap(players.discriminator).buffers() if b.is_floating_point()]         # of spectral norms
+    before = [b.clone() for b in powers]
+    numbers = play(players, image, lambda use: draws(config.seed, positions, use), config, adversarial.weight_at(step, config.steps), judged, int(mix(config.seed, step)))
     together([opts["optim"], opts["optim_discriminator"]] if judged else [opts["optim"]])
     numbers["grad_norm"], stepped = guarded_step(opts["optim"], config.optim.clip, lr_at(config.optim, step, config.steps))
     if judged: numbers["grad_norm_discriminator"], _ = guarded_step(opts["optim_discriminator"], config.optim_discriminator.clip, lr_at(config.optim_discriminator, step - begin, config.steps - begin))
     follow(average.weights(), unwrap(players.decoder).weights(), config.ema, stepped)
+    for b, then in zip(powers, before): b.copy_(torch.where(stepped, b, then))
     return {**numbers, "refused": unwrap(players.discriminator).refused, "stepped": stepped}
 
 # %% ../nbs/52_finetune_decoder.ipynb #8a786633

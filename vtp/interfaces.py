@@ -45,8 +45,10 @@ class Tokenizer(nn.Module):
         "The reconstruction of `image`."
         return self.decode(self.encode(image))
 
-    def perturb(self, z:torch.Tensor) -> torch.Tensor:
-        "What a decoder is trained on in the place of z: z itself, unless a tokenizer wants its decoder to forgive noise."
+    def perturb(self, z:torch.Tensor, seed:int|None=None) -> torch.Tensor:
+        """What a decoder is trained on in the place of z: z itself, unless a tokenizer wants its decoder to forgive noise.
+
+        `seed`: of the step, the same on all ranks: noise is then drawn for the global batch (`vtp.noise`); None: torch's generator draws it."""
         return z
 
     def width(self, tap:str) -> int:
@@ -123,8 +125,8 @@ class Objective(nn.Module):
         "Scalar loss of this rank's part; images arrive as floats in [0, 1]."
         raise NotImplementedError
 
-    def after_step(self, progress:float):
-        "Called after each optimiser step with the fraction of training done, in (0, 1]."
+    def after_step(self, progress:float, stepped:torch.Tensor|bool=True):
+        "Called after each step with the fraction of training done, in (0, 1], and whether the optimiser moved (a tensor that need not be read)."
 
 # %% ../nbs/30_interfaces.ipynb #34305cc8
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@
 __all__ = ['CAPTION', 'train_step', 'Pretrain', 'given', 'Cost', 'cost', 'freeze_unused', 'budget', 'train']
 
 # %% ../nbs/51_pretrain.ipynb #f18b7b46
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
@@ -21,9 +22,10 @@ from .dist import alone, device, gathered, is_main, rank, unwrap, world, wrap
 from .flops import count
 from .interfaces import Draw, Evaluator, ObjectiveConfig
 from .job import At, Job, run_of
-from .loop import DTYPES, Ledger, State, averages, check_length, check_source, loop, prepare, resume, to_device
+from .loop import DTYPES, Ledger, State, averages, check_length, check_source, due, loop, prepare, resume, to_device
+from .monitors import meeting, pulls, used
 from .objectives.overall import Overall
-from .optim import OptimConfig, adamw, guarded_step, lr_at
+from .optim import OptimConfig, adamw, backward, guarded_step, lr_at
 from .run import Run
 from .weights import fill
 
@@ -31,12 +33,15 @@ from .weights import fill
 def train_step(model:nn.Module, batch:dict, opt:torch.optim.AdamW, config:"Pretrain", step:int) -> dict[str, torch.Tensor]:
     "One optimiser step on Eq. 2; its numbers as tensors, because reading them would wait for the device."
     kind = next(model.parameters()).device.type
-    with torch.autocast(kind, torch.bfloat16, enabled=config.dtype == "bf16"): losses = model(batch, int(mix(config.seed, step)))
-    loss = sum(config.weights[k] * l for k, l in losses.items())      # Eq. 2: λ_rec L_rec + λ_ssl L_ssl + λ_clip L_clip
-    loss.backward()
+    row = due(config, step + 1)
+    with used(meeting(unwrap(model).tokenizer)) if row else nullcontext() as shared, torch.autocast(kind, torch.bfloat16, enabled=config.dtype == "bf16"): losses = model(batch, int(mix(config.seed, step)))
+    terms = {k: config.weights[k] * l for k, l in losses.items()}
+    loss = sum(terms.values())                                        # Eq. 2: λ_rec L_rec + λ_ssl L_ssl + λ_clip L_clip
+    pulled = pulls(terms, shared) if row else {}                   # looked at, not added
+    backward(loss)
     grad_norm, stepped = guarded_step(opt, config.optim.clip, lr_at(config.optim, step, config.steps))
-    unwrap(model).after_step((step + 1) / config.steps)               # the EMA teacher follows
-    return {"loss": loss.detach(), **{k: l.detach() for k, l in losses.items()}, "grad_norm": grad_norm, "stepped": stepped}
+    unwrap(model).after_step((step + 1) / config.steps, stepped)      # the EMA teacher follows
+    return {"loss": loss.detach(), **{k: l.detach() for k, l in losses.items()}, "grad_norm": grad_norm, **pulled, "stepped": stepped}
 
 # %% ../nbs/51_pretrain.ipynb #eaa5bfa8
 @dataclass(frozen=True)
@@ -80,6 +85,11 @@ class Pretrain(Job):
             for name, objective in model.objectives.items():
                 if start: given(start, f"objectives.{name}", objective, whole=False)
             return model.to(device=where, dtype=DTYPES[self.dtype])
+
+    def checkpoint_bytes(self) -> int:
+        "The model's state and two moments of every parameter that trains."
+        with torch.device("meta"): model = freeze_unused(self.build("meta"), self)
+        return sum(tensor.nbytes for tensor in model.state_dict().values()) + 2 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
 
     def check(self):
         "Open the data and run every objective forwards and backwards on the meta device: sizes that don't fit, missing captions and missing shards show here."

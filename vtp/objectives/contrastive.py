@@ -141,6 +141,6 @@ class ContrastiveLoss(Objective):
         return seen, replayed(lambda rows: (self.text_features(batch["ids"][rows]),), n, self.chunk)[0]
 
     @torch.no_grad()
-    def after_step(self, progress:float):
-        "Keep the scale in [1, 100]."
+    def after_step(self, progress:float, stepped:torch.Tensor|bool=True):
+        "Keep the scale in [1, 100], where it is already if the optimiser has not stepped."
         self.logit_scale.clamp_(0, math.log(100))

@@ -18,8 +18,9 @@ from ..config import digest
 from ..dist import sum_ranks, world
 from ..drop_path import drop_of
 from ..interfaces import Objective, Tokenizer
+from ..noise import drawn
 from .adversarial import adaptive_weight
-from .reconstruction import Reconstruction
+from .reconstruction import Reconstruction, spread
 from ..tokenizers.representation import OwnTrunk, TimmRepresentation
 
 # %% ../../nbs/41_distillation.ipynb #9bb6d0c9
@@ -123,12 +124,13 @@ class DistillationLoss(Objective):
 
 # %% ../../nbs/41_distillation.ipynb #fccc83c0
 def _latent(self:DistillationLoss, tokenizer:Tokenizer, batch:dict) -> tuple[torch.Tensor, torch.Tensor]:
-    "z (B, d, h, w) to decode and compare, and its divergence."
+    "z (B, d, h, w) to decode and compare, and its divergence. batch['seed'], if there, is the step's: a posterior is then sampled for the global batch."
+    seed = batch.get("seed")
     if not hasattr(tokenizer, "posterior"):
-        z = batch["z"] if "z" in batch else tokenizer.encode(batch["image"], **({"drop": drop_of(self.config.drop, "rec", len(batch["image"]), batch.get("seed"))} if self.config.drop else {}))
-        return _wide(tokenizer.perturb(z) if self.training else z), z.new_zeros(())
+        z = batch["z"] if "z" in batch else tokenizer.encode(batch["image"], **({"drop": drop_of(self.config.drop, "rec", len(batch["image"]), seed)} if self.config.drop else {}))
+        return _wide(tokenizer.perturb(z, seed) if self.training else z), z.new_zeros(())
     mean, logvar = map(_wide, tokenizer.posterior(batch["image"]))
-    return mean + (logvar / 2).exp() * torch.randn_like(mean) if self.training else mean, divergence(mean, logvar)
+    return mean + (logvar / 2).exp() * drawn(torch.randn, mean.shape, mean, "posterior", seed) if self.training else mean, divergence(mean, logvar)
 
 def _resemblance(self:DistillationLoss, z:torch.Tensor, image:torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     "mcos and mdms of the projected latents."
@@ -143,7 +145,7 @@ def _forward(self:DistillationLoss, tokenizer:Tokenizer, batch:dict[str, torch.T
     terms, numbers = self.terms(tokenizer.decode(z).to(image.dtype), image), image[0].numel()
     rec, (mcos, mdms) = self.rec.total(terms), self.resemblance(z, image)
     alpha = balance(numbers * rec, mcos + mdms, last_layer(tokenizer), config.eps, config.cap)
-    watched = {**terms, "vf": mcos + mdms, "mcos": mcos, "mdms": mdms, "kl": kl, "adaptive": alpha, "latent_std": z.float().std()}
+    watched = {**terms, "vf": mcos + mdms, "mcos": mcos, "mdms": mdms, "kl": kl, "adaptive": alpha, **spread(z)}
     self.monitor = {name: value.detach() for name, value in watched.items()}
     return rec + (config.kl * kl + config.vf_weight * alpha * (mcos + mdms)) / numbers
 

@@ -65,9 +65,9 @@ class Overall(nn.Module):
         if tap == "latent": tokens = [self.tokenizer.encoder.squeeze(t) for t in tokens]
         return torch.cat([t.cls for t in tokens]), z
 
-    def after_step(self, progress:float):
-        "Tell each objective that the optimiser has stepped; progress in (0, 1]."
-        for objective in self.objectives.values(): objective.after_step(progress)
+    def after_step(self, progress:float, stepped:torch.Tensor|bool=True):
+        "Tell each objective that a step is over; progress in (0, 1]; `stepped`: whether the optimiser moved, a tensor that need not be read."
+        for objective in self.objectives.values(): objective.after_step(progress, stepped)
 
     def monitor(self) -> dict[str, torch.Tensor]:
         "What the objectives watch (latent std, teacher entropy, …) as of the last forward, by `objective_quantity`."

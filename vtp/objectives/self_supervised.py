@@ -194,9 +194,12 @@ class Teacher(nn.Module):
     def train(self, mode:bool=True): return super().train(False)
 
     @torch.no_grad()
-    def follow(self, encoder:nn.Module, head:DINOHead, momentum:float):
-        "Move towards the student, all parameters in one fused step."
-        torch._foreach_lerp_(list(self.parameters()), [*encoder.parameters(), *head.parameters()], 1 - momentum)
+    def follow(self, encoder:nn.Module, head:DINOHead, momentum:float, stepped:torch.Tensor|bool=True):
+        "Move towards the student, in place; stay where `stepped` is false, a verdict that nobody waits for."
+        mine, theirs = [dist.local(p) for p in self.parameters()], [dist.local(p) for p in (*encoder.parameters(), *head.parameters())]
+        if stepped is True: return torch._foreach_lerp_(mine, theirs, 1 - momentum)
+        pace = (1 - momentum) * stepped.to(mine[0].dtype)
+        torch._foreach_lerp_(mine, theirs, [pace] * len(mine))
 
 # %% ../../nbs/33_self_supervised.ipynb #f994b367
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +247,7 @@ def _views(rows, *tensors):
 
 # %% ../../nbs/33_self_supervised.ipynb #18ba4e87
 class SelfDistillation(Objective):
-    "Eq. 1. `monitor` holds its terms and the teacher's sharpness as detached tensors: near-zero entropy or confidence 1/K mean collapse."
+    "Eq. 1. `monitor` holds its terms and what the teacher's answers are like, as detached tensors; see `watch`."
     def __init__(self, config:SelfSupervised, tokenizer):
         super().__init__()
         self.config, self.monitor = config, {}
@@ -303,20 +306,24 @@ class SelfDistillation(Objective):
 
     @torch.no_grad()
     def watch(self, terms:dict[str, torch.Tensor], targets:torch.Tensor):
-        "Note the terms and how sure the teacher is; nothing waits for the device."
-        self.monitor = {name: term.detach() for name, term in terms.items()}
-        self.monitor["teacher_entropy"] = torch.special.entr(targets).sum(-1).mean()
-        self.monitor["teacher_confidence"] = targets.amax(-1).mean()
+        """Note the terms and the teacher's answers (2, B, K) to this rank's images; nothing waits for the device.
 
-    def recentre(self, means:torch.Tensor):
-        "Centres move towards the step's mean logits (2, K); where these are not finite the step was called off, and they stay."
-        self.centers.lerp_(torch.where(means.isfinite(), means, self.centers), 1 - self.config.center_momentum)
+        Mean entropy; the same in units of log K, `evenness`: 0 if every answer is one prototype, 1 if all prototypes are alike; the largest probability; and `kl`, the divergence of the
+        mean answer from the uniform one in units of log K: 1 if all images get the same prototype."""
+        entropy, whole = torch.special.entr(targets).sum(-1).mean(), math.log(max(2, targets.shape[-1]))
+        kl = 1 - torch.special.entr(targets.mean((0, 1))).sum() / whole
+        self.monitor = {**{name: term.detach() for name, term in terms.items()}, "teacher_entropy": entropy, "teacher_evenness": entropy / whole,
+                        "teacher_confidence": targets.amax(-1).mean(), "teacher_kl": kl}
+
+    def recentre(self, means:torch.Tensor, stepped:torch.Tensor|bool=True):
+        "Centres move towards the step's mean logits (2, K); where these are not finite, or the step was called off, they stay."
+        self.centers.lerp_(torch.where(means.isfinite() & stepped, means, self.centers), 1 - self.config.center_momentum)
 
     @torch.no_grad()
-    def after_step(self, progress:float):
-        "Prototypes put back while frozen; the teacher follows; centres and temperature of the next step."
+    def after_step(self, progress:float, stepped:torch.Tensor|bool=True):
+        "Prototypes put back while frozen; the teacher follows; centres and temperature of the next step. Of a step that was called off only the temperature's schedule remains."
         c = self.config
         if progress <= c.freeze_last_layer: self.head.last_layer.load_state_dict(self.teacher.head.last_layer.state_dict())
-        self.teacher.follow(*self.student, cosine(c.momentum, progress))
-        if c.centering == "softmax": self.recentre(torch.stack(self.means).to(self.centers))
+        self.teacher.follow(*self.student, cosine(c.momentum, progress), stepped)
+        if c.centering == "softmax": self.recentre(torch.stack(self.means).to(self.centers), stepped)
         self.teacher_temp.fill_(ramp(c.teacher_temp, progress, c.teacher_temp_warmup))

@@ -14,17 +14,17 @@ from typing import ClassVar
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import Dataset
 
+from ..checkpoint import write_tensors
 from ..data.augment import RESIZE
 from ..data.batch_sampling import loader
 from ..data.samples import Bad
 from ..dist import any_rank, barrier, device, gather_objects, is_main, rank, world
 from ..job import Job, progress, run_of
 from ..loop import check_source, stop_signal
-from ..run import Run, sync
+from ..run import Run
 from .representation import OwnTrunk, TimmRepresentation
 
 # %% ../../nbs/50b_latent_statistics.ipynb #5c797572
@@ -112,7 +112,9 @@ def _slice(job:LatentStatistics, representation:nn.Module, batches) -> tuple:
         bad += missing
         if not len(images): continue
         with torch.inference_mode(), torch.autocast(where.type, torch.bfloat16, enabled=job.dtype == "bf16"):
-            total = merge(total, moments(representation.patches(images.to(where).float() / 255)))
+            z = representation.patches(images.to(where).float() / 255)
+        if not z.isfinite().all(): raise ValueError(f"{job.representation.label}: tokens are not finite; measure with dtype='fp32', or check its weights")
+        total = merge(total, moments(z))
     return *total, bad
 
 def measure(self:LatentStatistics, run:Run) -> bool:
@@ -142,8 +144,7 @@ LatentStatistics.__call__ = measure
 # %% ../../nbs/50b_latent_statistics.ipynb #4e84ce21
 def _write(file:Path, tensors:dict[str, torch.Tensor], belongs:str):
     "Durably: the whole file or none."
-    save_file(tensors, file.with_suffix(".part"), {"made with": belongs})
-    sync(file.with_suffix(".part"))
+    write_tensors(file.with_suffix(".part"), tensors, {"made with": belongs})
     os.replace(file.with_suffix(".part"), file)
 
 def _belongs(file:Path, belongs:str) -> bool:
