@@ -15,9 +15,10 @@ from collections.abc import Iterable, Iterator
 from itertools import count
 from pathlib import Path, PurePosixPath
 
-from .config import digest, from_dict
+from .checkpoint import Checkpoint, hash_file, sync, write_text
+from .config import digest, find, from_dict, shown
 from .job import At, Job, ordered, path_of, run_of
-from .run import ROWS, Checkpoint, Run, hash_file, locked, resolve, runs, sync, write_text
+from .run import ROWS, Run, locked, resolve, runs
 from .tokenizers.pretrained import Released
 from .weights import fetched, read_json
 
@@ -53,7 +54,8 @@ def _needed(job:Job, one:Job) -> set[int]:
 
 def _pack(run:Run, steps:tuple[int, ...], last:bool, folder:Path):
     "Copy a run: the checkpoints of `steps` and the rows up to the last of them; all rows and the mark that it is done if this is its end (`last`)."
-    shutil.copytree(run.path, folder, ignore=lambda at, names: _LEFT & set(names) if Path(at) == run.path else ())
+    hidden = lambda names: {name for name in names if name.startswith(".")}             # half a file, left by a kill
+    shutil.copytree(run.path, folder, ignore=lambda at, names: hidden(names) | (_LEFT & set(names) if Path(at) == run.path else set()))
     checkpoints = [run.at(step) for step in sorted(steps)]
     for checkpoint in checkpoints:
         copy = Checkpoint(shutil.copytree(checkpoint.path, folder / "checkpoints" / checkpoint.path.name))
@@ -118,10 +120,31 @@ def _listed(folder:Path) -> dict:
     if f"runs/{run}/config.json" not in files: raise ValueError(f"{folder} does not hold the run it names, {run[:80]}")
     return listed
 
-def read_config(path:Path):
-    "The config in a JSON file that somebody else may have written. Raises ValueError, whatever is wrong with it."
-    try: return from_dict(read_json(path))
-    except (TypeError, AttributeError, KeyError, IndexError, ArithmeticError, RecursionError) as error: raise ValueError(f"{path.name} holds no config that can be built ({type(error).__name__}: {str(error)[:120]})") from error
+def _on_the_hub(source) -> bool:
+    "Whether `source` is an id `owner/name` of the Hub, and nothing of this machine."
+    return isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "~", "/")) and not resolve(source).exists()
+
+def _check_releases(plain, releases:bool):
+    "Raises ValueError for JSON whose config, while it is made or built without data, would look at files of this machine: releases that lie here, without `releases` any, and what measures."
+    if isinstance(plain, list):
+        for value in plain: _check_releases(value, releases)
+    if not isinstance(plain, dict): return
+    kind = find(plain["_type"]) if "_type" in plain else object
+    if not releases and kind.__module__.startswith("vtp.evaluation."): raise ValueError(f"a {kind.__name__} measures a model and is no part of one")      # and reads its weights wherever it is built
+    if issubclass(kind, Released):
+        said = shown(plain.get("source"))
+        if not releases: raise ValueError(f"the model is built from the files of {said}, which would have to be there: that release can't be published in our format")
+        if not _on_the_hub(plain.get("source")): raise ValueError(f"the training starts from {said}, a release that is only on the machine it comes from")
+    for value in plain.values(): _check_releases(value, releases)
+
+def read_config(path:Path, releases:bool=True):
+    "The config in a JSON file that somebody else may have written; it names no release of this machine, and none at all without `releases`. Raises ValueError, whatever is wrong with it; no other file is looked at."
+    plain = read_json(path)
+    try:
+        _check_releases(plain, releases)
+        return from_dict(plain)
+    except RecursionError as error: raise ValueError(f"{path.name} is nested too deep") from error
+    except ValueError as error: raise ValueError(f"{path.name} holds no config that can be built: {error}") from error
 
 # %% ../nbs/52a_training_state.ipynb #f8be112c
 def _checked(folder:Path, listed:dict) -> dict[str, Run]:

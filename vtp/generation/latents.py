@@ -24,9 +24,9 @@ from typing import ClassVar
 import numpy as np
 import torch
 from einops import rearrange
-from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
+from ..checkpoint import hash_file, sync, write_tensors, write_text
 from ..data.augment import RESIZE
 from ..data.batch_sampling import loader
 from ..data.samples import Bad, Reader
@@ -35,7 +35,7 @@ from ..flops import count
 from ..interfaces import Tokenizer, need_latent
 from ..job import At, Job, load, progress, run_of
 from ..loop import check_source, prepare, stop_signal, to_device
-from ..run import Run, hash_file, sync, write_text
+from ..run import Run
 from ..tokenizers.statistics import merge
 
 # %% ../../nbs/62_latents.ipynb #60cf5bf7
@@ -133,11 +133,13 @@ def pool(found:np.ndarray, positions:int) -> tuple[int, np.ndarray, np.ndarray]:
 
 # %% ../../nbs/62_latents.ipynb #e484bcfc
 def write_shard(folder:Path, number:int, tensors:dict[str, torch.Tensor], record:dict):
-    "Durably: the tensors, with the hashes of encoder and data in their header, then the JSON that says they are whole."
+    "Durably: the tensors, with the hashes of encoder and data in their header, then the JSON that says they are whole. Raises OSError."
     final = folder / f"shard-{number:05d}.safetensors"
     beside = folder / f".{final.name}"
-    save_file(tensors, beside, {"made with": json.dumps({what: record.get(what) for what in _BACK})})      # one entry: the library shuffles several, and the bytes must not vary
-    sync(beside)
+    try: write_tensors(beside, tensors, {"made with": json.dumps({what: record.get(what) for what in _BACK})})      # one entry: the library shuffles several, and the bytes must not vary
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
     os.replace(beside, final)
     sync(folder)
     write_text(final.with_suffix(".json"), json.dumps(record | {"size": final.stat().st_size, "sha256": hash_file(final)}))

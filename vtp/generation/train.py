@@ -28,7 +28,7 @@ from .latents import CacheLatents, LatentReader, digest_of, encode, open_latents
 from ..interfaces import Tokenizer
 from ..job import Job, load, run_of
 from ..loop import DTYPES, Ledger, State, averages, check_length, loop, prepare, resume
-from ..optim import OptimConfig, adamw, follow, guarded_step, lr_at
+from ..optim import OptimConfig, adamw, backward, follow, guarded_step, lr_at
 from ..run import Run
 
 # %% ../../nbs/63_train_dit.ipynb #8976c588
@@ -64,6 +64,10 @@ class TrainDiT(Job):
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             return DiT(self.dit).to(device=where, dtype=DTYPES[self.dtype])
+
+    def checkpoint_bytes(self) -> int:
+        "Weights, their average and two moments."
+        with torch.device("meta"): return 4 * sum(p.nbytes for p in self.build("meta").parameters())
 
 # %% ../../nbs/63_train_dit.ipynb #1f94e3ba
 def check_labels(dit:DiTConfig, labelled:bool, classes:int|None):
@@ -146,7 +150,7 @@ def train_step(dit:nn.Module, ema:DiT, z:torch.Tensor, labels:torch.Tensor, keys
     x, velocity = interpolate(z, noise, t)
     with torch.autocast(z.device.type, torch.bfloat16, enabled=config.dtype == "bf16"): predicted = dit(x, t, labels)
     losses = {name: each.mean() for name, each in flow_loss(predicted, velocity, config.flow).items()}
-    losses["loss"].backward()
+    backward(losses["loss"])
     grad_norm, stepped = guarded_step(opt, config.optim.clip, lr_at(config.optim, step, config.steps))
     follow(list(ema.parameters()), list(unwrap(dit).parameters()), config.ema, stepped)
     return {**{name: loss.detach() for name, loss in losses.items()}, "grad_norm": grad_norm, "stepped": stepped}
