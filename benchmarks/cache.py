@@ -5,7 +5,7 @@
 
 The step is the package's own (forward, backward, AdamW, teacher) on the paper's objectives in the proportion 8 : 2 : 1, trunk of --size, 4-layer decoder of size L (on a CPU: of the trunk's size), text 12 × 768 (on a CPU 4 × 384).
 `feature cache`: images and captions of CLIP --chunk at a time, the other terms, whose share of a rank is a quarter and an eighth, in one piece where they are no larger.
-`all in chunks`: the other terms too, each in as many chunks as CLIP. `checkpoints`: every block recomputed, the peer. Sides are alternated in one process; medians, synchronised; `target` is the ratio that H8 allows.
+`all in chunks`: the other terms too, each in as many chunks as CLIP. `checkpoints`: every block recomputed, the peer. Sides are alternated in one process; medians, synchronised; `target` is the ratio that H8 allows, `FLOPs` the ratio of those that are executed, counted on the meta device.
 Memory: of tensors alive at the peak of a step less what is there before it (weights, moments), from the allocator on a GPU, else counted operation by operation. `gradient`: largest difference of the first step's gradient from the plain one, relative to the
 largest gradient. Prints Markdown.
 """
@@ -22,10 +22,13 @@ from torch.utils._pytree import tree_leaves
 
 from vtp.data.augment import CropConfig
 from vtp.data.batch_sampling import Batches
+from vtp.dist import alone
+from vtp.flops import count
 from vtp.job import Machine
 from vtp.loop import DTYPES, prepare, to_device
+from vtp.objectives.overall import Overall
 from vtp.optim import adamw
-from vtp.pretrain import freeze_unused, train_step
+from vtp.pretrain import _blank, freeze_unused, train_step
 from vtp.recipes import VTP, at
 from vtp.text import TextConfig
 from vtp.tokenizers.vit import ViTTokenizerConfig
@@ -96,6 +99,16 @@ class Side:
         return train_step(self.model, batch, self.opt, self.job, 0)
 
 
+def flops(job, chunks):
+    "Executed in forward and backward, of a step in these chunks; without AdamW and the teacher's step, which no chunk changes."
+    with alone(), torch.random.fork_rng(), torch.device("meta"):
+        model = Overall(job.tokenizer.build(), job.objectives).train()
+    views = {o.name: _blank(o, o.batch) for o in job.objectives}
+    for name, objective in model.objectives.items():
+        objective.chunk = chunks.get(name)
+    return count(lambda: sum(model(views).values()).backward()).total
+
+
 def wait(device):
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -151,13 +164,15 @@ def main():
             wait(device)
             times[name].append((time.perf_counter() if gpu else time.process_time()) - begin)
     seconds = {name: statistics.median(found) for name, found in times.items()}
+    counted = {name: flops(job, side.chunks) for name, side in sides.items() if name != "checkpoints"}
     hardware = torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} thread(s), CPU time"
     print(f"{hardware}; {args.size}, {args.image} px, batches {'/'.join(str(o.batch) for o in job.objectives)}, {args.dtype}{', compiled' if args.compile else ''}, drop {args.drop:g}\n")
-    print("| step | chunks (clip/ssl/rec) | ms | ratio | target | peak beyond weights, MiB | share of plain | gradient |\n|---|---|---:|---:|---:|---:|---:|---:|")
+    print("| step | chunks (clip/ssl/rec) | ms | ratio | FLOPs | target | peak beyond weights, MiB | share of plain | gradient |\n|---|---|---:|---:|---:|---:|---:|---:|---:|")
     for name, side in sides.items():
         counts = "/".join(str(-(-o.batch // side.chunks.get(o.name, o.batch))) for o in job.objectives)
         target = f"{TARGET}" if name == "feature cache" else ""
-        print(f"| {name} | {counts} | {1e3 * seconds[name]:.0f} | {seconds[name] / seconds['plain']:.3f} | {target} | {peaks[name] / 2**20:.0f} | {100 * peaks[name] / peaks['plain']:.0f} % | {apart[name]:.0e} |")
+        share = f"{counted[name] / counted['plain']:.3f}" if name in counted else ""
+        print(f"| {name} | {counts} | {1e3 * seconds[name]:.0f} | {seconds[name] / seconds['plain']:.3f} | {share} | {target} | {peaks[name] / 2**20:.0f} | {100 * peaks[name] / peaks['plain']:.0f} % | {apart[name]:.0e} |")
 
 
 if __name__ == "__main__":

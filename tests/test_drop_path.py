@@ -1,12 +1,12 @@
 """Stochastic depth belongs to the global batch: the same subsets on one process, on many, and in any chunks, also where a rank keeps nothing."""
 import pytest
 import torch
-from tiny import clip, job, rec, ssl
+from tiny import clip, job, ranks, rec, ssl
 
 from vtp.config import dumps, loads
 from vtp.data.batch_sampling import Batches
 from vtp.data.samples import mix
-from vtp.dist import gather_objects, rank, start, world, wrap
+from vtp.dist import gather_objects, rank, world, wrap
 from vtp.drop_path import Drop, drop_of, kept, plan
 from vtp.loop import DTYPES, prepare, to_device
 from vtp.job import Machine
@@ -54,12 +54,12 @@ def steps(texts, chunks):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("ranks,chunks", [(1, (1, 3)), (2, (None, 3)), (4, (None,))])
-def test_ranks_and_chunks_equal_one_process(ranks, chunks):
+@pytest.mark.parametrize("procs,chunks", [(1, (1, 3)), (2, (None, 3)), (4, (None,))])
+def test_ranks_and_chunks_equal_one_process(procs, chunks):
     "With a batch of 4 on 4 ranks, many a rank keeps no sample of a branch."
     texts = {name: dumps(job(objectives, dtype="fp64")) for name, objectives in VARIANTS.items()}
     whole = {name: step(text) for name, text in texts.items()}
-    for (name, _), found in start(steps, texts, chunks, nproc=ranks).items():
+    for (name, _), found in ranks(steps, texts, chunks, nproc=procs, jobs=map(loads, texts.values())).items():
         same(whole[name], found)
 
 

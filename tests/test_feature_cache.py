@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_drop_path import CPU, same, step
-from tiny import clip, job, rec, ssl
+from tiny import clip, job, ranks, rec, ssl
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -14,7 +14,7 @@ from vtp.chunks import replayed
 from vtp.config import dumps, loads
 from vtp.data.augment import CropConfig
 from vtp.data.batch_sampling import Batches
-from vtp.dist import alone, gather_objects, rank, start, world, wrap
+from vtp.dist import alone, gather_objects, rank, world, wrap
 from vtp.flops import count
 from vtp.loop import to_device
 from vtp.objectives.contrastive import ContrastiveLoss
@@ -54,7 +54,7 @@ def test_chunks_equal_one_piece(name, checkpointing):
 @pytest.mark.timeout(300)
 def test_chunks_on_two_ranks_equal_one_process():
     whole = steps(VARIANTS, (None,))
-    for (name, _), found in start(steps, list(VARIANTS), (3,), True, nproc=2).items():
+    for (name, _), found in ranks(steps, list(VARIANTS), (3,), True, nproc=2, jobs=map(loads, TEXTS.values())).items():
         same(whole[name, None], found)
 
 
@@ -79,13 +79,13 @@ def unequals(names): return {name: unequal(TEXTS[name]) for name in names}
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_both_losses_at_any_world_size(ranks):
+@pytest.mark.parametrize("procs", [pytest.param(2, marks=pytest.mark.slow), 4])
+def test_both_losses_at_any_world_size(procs):
     "1, 2 and 4 ranks, whose captions are cut at unequal lengths."
-    one, many = unequals(("clip", "siglip")), start(unequals, ("clip", "siglip"), nproc=ranks)
+    one, many = unequals(("clip", "siglip")), ranks(unequals, ("clip", "siglip"), nproc=procs, jobs=[loads(TEXTS[name]) for name in ("clip", "siglip")])
     for name in one:
         same(one[name][:2], many[name][:2])
-        assert len(set(many[name][2])) == ranks and max(many[name][2]) == one[name][2][0]
+        assert len(set(many[name][2])) == procs and max(many[name][2]) == one[name][2][0]
 
 
 def reductions(text, chunk):
@@ -114,7 +114,7 @@ def reductions(text, chunk):
 
 @pytest.mark.timeout(300)
 def test_gradients_are_exchanged_once_a_step():
-    arrivals, exchanged, trained = start(reductions, TEXTS["all"], 3, nproc=2)
+    arrivals, exchanged, trained = ranks(reductions, TEXTS["all"], 3, nproc=2, jobs=[loads(TEXTS["all"])])
     assert arrivals == {1} and exchanged == trained
 
 

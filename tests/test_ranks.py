@@ -7,19 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as torch_dist
-from tiny import clip, job, one_step, rec, ssl
+from tiny import clip, job, one_step, ranks, rec, ssl
 
-from vtp.config import dumps
-from vtp.dist import RankError, rank, start
+from vtp.config import dumps, loads
+from vtp.dist import rank
+from vtp.ranks import RankError, start
 
 VARIANTS = {
     "clip": (clip(),),
     "siglip": (clip(loss="siglip"),),
     "rec": (rec(),),
-    "ssl": (ssl(drop=0.0),),
-    "ssl softmax centering": (ssl(drop=0.0, centering="softmax"),),
-    "ssl on the latent": (ssl(drop=0.0, tap="latent"),),
-    "all": (clip(), ssl(drop=0.0), rec(weight=0.1)),
+    "ssl": (ssl(drop=0.3),),
+    "ssl softmax centering": (ssl(drop=0.3, centering="softmax"),),
+    "ssl on the latent": (ssl(drop=0.3, tap="latent"),),
+    "all": (clip(), ssl(drop=0.3), rec(weight=0.1)),
 }
 
 
@@ -34,7 +35,7 @@ def every_step(texts):
 @pytest.fixture(scope="module")
 def two():
     "The steps of all variants on two ranks: one start, which is what takes the time."
-    return dict(zip(VARIANTS, start(every_step, [text_of(name) for name in VARIANTS], nproc=2), strict=True))
+    return dict(zip(VARIANTS, ranks(every_step, [text_of(name) for name in VARIANTS], nproc=2, jobs=[loads(text_of(name)) for name in VARIANTS]), strict=True))
 
 
 @pytest.mark.timeout(300)
@@ -67,7 +68,7 @@ def fail(bad):
 @pytest.mark.parametrize("bad", [0, 1])
 def test_the_error_of_a_rank_is_the_error_that_arrives(bad):
     with pytest.raises(Exception, match=f"rank {bad} was told to fail"):
-        start(fail, bad, nproc=2)
+        ranks(fail, bad, nproc=2)
 
 
 def hang(rank_that_sleeps):
@@ -80,7 +81,7 @@ def hang(rank_that_sleeps):
 def test_a_rank_that_does_not_answer_is_not_waited_for_for_ever():
     began = time.monotonic()
     with pytest.raises(RankError, match=r"rank 0 lost another rank: it died, or did not answer within 4 s \(timeout_minutes"):
-        start(hang, 1, nproc=2, timeout_s=4)
+        ranks(hang, 1, nproc=2, timeout_s=4)
     assert time.monotonic() - began < 120
 
 
@@ -94,7 +95,7 @@ def die(number):
 @pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_was_killed_is_named(number):
     with pytest.raises(RankError, match=rf"^rank {number} \(process \d+\) was killed by SIGKILL.*no traceback.*launch again"):
-        start(die, number, nproc=2)
+        ranks(die, number, nproc=2)
 
 
 def once(folder, procs):
@@ -109,7 +110,7 @@ def once(folder, procs):
     return times + 1
 
 
-@pytest.mark.parametrize("procs", [1, 2])
-def test_ranks_are_started_anew(procs, tmp_path):
-    assert start(once, str(tmp_path), procs, nproc=procs, restarts=1) == 2
+@pytest.mark.parametrize("procs,begin", [(1, start), (2, ranks)], ids=["spawned", "forked"])
+def test_ranks_are_started_anew(procs, begin, tmp_path):
+    assert begin(once, str(tmp_path), procs, nproc=procs, restarts=1) == 2
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {str(n): "xx" for n in range(procs)}

@@ -1,17 +1,21 @@
 """Ranks that share a model (DDP, FSDP) train what one process trains, and their checkpoints are read by any number of ranks."""
 import json
+import sys
 from dataclasses import replace
+from functools import lru_cache, partial
 
 import pytest
 import torch
 import torch.distributed as torch_dist
-from tiny import HERE, clip, job, rec, ssl
+from tiny import HERE, clip, job, ranks, rec, ssl
 
+import vtp.job
 import vtp.pretrain as package
+from vtp.checkpoint import Checkpoint, write_checkpoint
 from vtp.config import dumps, loads
 from vtp.data.batch_sampling import Batches
 from vtp.data.shapes import Shapes
-from vtp.dist import TIMEOUT, gather_objects, is_sharded, rank, start, world, wrap
+from vtp.dist import gather_objects, is_sharded, rank, world, wrap
 from vtp.finetune_decoder import FinetuneDecoder
 from vtp.generation.dit import DiTConfig
 from vtp.generation.latents import CacheLatents
@@ -20,14 +24,15 @@ from vtp.job import At, Machine, launch, run_of
 from vtp.loop import DTYPES, averages, prepare, seed_step, to_device
 from vtp.optim import OptimConfig, adamw, moments_like, optim_tensors
 from vtp.pretrain import freeze_unused, train_step
-from vtp.run import Checkpoint, Run, create, write_checkpoint
+from vtp.ranks import TIMEOUT
+from vtp.run import Run, create
 
-DROP = 0.0  # stochastic depth in the comparisons below
+DROP = 0.3  # stochastic depth in the comparisons below: it is drawn for the global batch
 STEPS = 3
 FREEZE = dict(drop=DROP, freeze_last_layer=0.4)  # of 3 steps, the prototypes stay in the first
 VARIANTS = {
     "all": (clip(), ssl(**FREEZE), rec(weight=0.1)),
-    "siglip, softmax centres, on the latent": (clip(loss="siglip", tap="latent"), ssl(centering="softmax", tap="latent", **FREEZE)),
+    "siglip, softmax centres, on the latent": (clip(loss="siglip", tap="latent", drop=DROP), ssl(centering="softmax", tap="latent", **FREEZE)),
 }
 
 
@@ -45,7 +50,6 @@ class Training:
     def __init__(self, text, sharding="ddp", machine=HERE):
         self.config = loads(text)
         config = self.config
-        self.batches = Batches(config.pairs, config.objectives, config.seed, config.steps, rank(), world())
         self.model = freeze_unused(config.build(), config).train()
         prepare(self.model, machine)
         self.wrapped = wrap(self.model, sharding)
@@ -53,7 +57,7 @@ class Training:
 
     def step(self, number, poison=False):
         "Numbers of one step, means over ranks; `poison` puts a NaN into the last rank's batch."
-        batch = self.batches[number]
+        batch = Batches(self.config.pairs, self.config.objectives, self.config.seed, self.config.steps, rank(), world())[number]
         views = to_device({name: batch[name] for name in self.config.weights}, torch.device("cpu"), DTYPES[self.config.dtype])
         if poison and rank() == world() - 1:
             views["rec"]["image"][0, 0, 0, 0] = float("nan")
@@ -96,17 +100,57 @@ def reductions(text):
     return [(sum(n for n, _ in step), sum(last for _, last in step)) for step in seen], trainable, training.wrapped.find_unused_parameters
 
 
-def collectives(text, sharding):
-    "How often the second step scatters gradients over the ranks."
-    training, count = Training(text, sharding), []
+def collectives(text, machine=HERE):
+    "How often the second step of FSDP scatters gradients over the ranks, and how many numbers go in: all gradients of the step, once."
+    training, sent = Training(text, "fsdp", machine), []
     training.step(0)
     before = {name: getattr(torch_dist, name) for name in ("reduce_scatter_single", "reduce_scatter_tensor") if hasattr(torch_dist, name)}     # torch has renamed it
     for name, call in before.items():
-        setattr(torch_dist, name, lambda *args, call=call, **kwargs: (count.append(name), call(*args, **kwargs))[1])
+        setattr(torch_dist, name, lambda *args, call=call, **kwargs: (sent.append(kwargs["input"].numel() if "input" in kwargs else args[1].numel()), call(*args, **kwargs))[1])
     training.step(1)
     for name, call in before.items():
         setattr(torch_dist, name, call)
-    return len(count)
+    padded = sum(-(-len(p) // world()) * world() * (p.numel() // len(p)) for p in training.model.parameters() if p.requires_grad and p.ndim)
+    return len(sent), sum(sent) / padded
+
+
+def held(text, sharding):
+    "Bytes of parameters, gradients and moments after a step: of this rank, and of the whole."
+    training = Training(text, sharding)
+    training.step(0)
+    training.opt.zero_grad()
+    losses = training.wrapped(to_device({k: v for k, v in Batches(training.config.pairs, training.config.objectives, 0, 9, rank(), world())[0].items() if k in training.config.weights},
+                                        torch.device("cpu"), torch.float64), 1)
+    sum(losses.values()).backward()
+    kinds = {"parameters": list(training.model.parameters()), "gradients": [p.grad for p in training.model.parameters() if p.grad is not None],
+             "moments": list(optim_tensors(training.opt).values())}
+    mine = {kind: sum((t.to_local() if is_sharded(t) else t).nbytes for t in tensors) for kind, tensors in kinds.items()}
+    return gather_objects(mine), {kind: sum(t.numel() * t.element_size() for t in tensors) for kind, tensors in kinds.items()}
+
+
+def passed_on(text, steps):
+    "Checkpoints that are read and, where a folder to write is named, written again as they were read: what each reader found, gathered."
+    found = []
+    for sharding, source, target in steps:
+        training = Training(text, sharding)
+        checkpoint = Checkpoint(source / "step-000000002")
+        training.model.load_state_dict(checkpoint.tensors("model", like=training.model.state_dict()))
+        optim = checkpoint.tensors("optim", like=moments_like(training.opt))
+        if target and (sharding == "fsdp" or rank() == 0):
+            write_checkpoint(target, 2, {"model": training.model.state_dict(), "optim": optim}, {"step": 2})
+        torch_dist.barrier()
+        found.append({"model": full(training.model.state_dict()), "optim": full(optim)})
+    return found
+
+
+def read_by_dcp(text, folder):
+    "What torch.distributed.checkpoint reads of ours into a fresh model, sharded where there are ranks: gathered."
+    import torch.distributed.checkpoint as dcp
+
+    training = Training(text, "fsdp")
+    state = training.model.state_dict()
+    dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=world() == 1)
+    return full(state)
 
 
 def saved(text, sharding, folder):
@@ -132,21 +176,19 @@ def loaded(text, sharding, folder):
 
 def torn(text, folder):
     "One rank's disk is full: the error in each rank."
-    training = Training(text, "fsdp")
-    import vtp.run
-
-    write = vtp.run.save_file
+    training, room = Training(text, "fsdp"), sys.modules[write_checkpoint.__module__]
+    write = room.save_file
     if rank() == 1:
-        def write(tensors, file):
+        def write(tensors, file, *about):
             raise OSError(28, "No space left on device")
-    before, vtp.run.save_file = vtp.run.save_file, write
+    before, room.save_file = room.save_file, write
     try:
         write_checkpoint(folder, 2, {"model": training.model.state_dict()}, {})
         said = "nothing"
     except (OSError, RuntimeError) as error:
         said = str(error)
     finally:
-        vtp.run.save_file = before
+        room.save_file = before
     return gather_objects(said)
 
 
@@ -187,6 +229,9 @@ LATENTS = CacheLatents(At(PRETRAIN), Shapes(count=40, size=16, classes=4), batch
 DIT = TrainDiT(LATENTS, DiTConfig(width=16, depth=2, heads=2, channels=8, grid=4, classes=4), steps=4, batch=16, ema=0.9, dtype="fp64", log_every=2,
                optim=OptimConfig(2e-3, (0.9, 0.95), 1e-8, 0.0, 0, 1.0, 1.0))
 LONG = job((clip(), ssl(drop=DROP), rec()), steps=6, log_every=2, keep=(2,))
+KNOWN = (*(loads(text_of(name)) for name in VARIANTS), LONG)
+RECOMPUTED = replace(HERE, checkpointing=True, chunk=3)
+WAYS = {"plain": HERE, "checkpointing": replace(HERE, checkpointing=True), "chunks": replace(HERE, chunk=3), "both": RECOMPUTED}
 
 
 @pytest.fixture(scope="module")
@@ -205,26 +250,25 @@ def two(places):
     write_one(places)
     machine = replace(HERE, procs=2, sharding="fsdp")
     calls = {f"{name} {sharding}": (trained, (text_of(name), sharding)) for name in VARIANTS for sharding in ("ddp", "fsdp")}
-    calls |= {"recomputed": (trained, (text_of("all"), "fsdp", replace(HERE, checkpointing=True)))}
+    calls |= {"recomputed": (trained, (text_of("all"), "fsdp", RECOMPUTED))}
     calls |= {f"guard {sharding}": (guarded, (text_of("all"), sharding)) for sharding in ("ddp", "fsdp")}
-    calls |= {"reductions": (reductions, (text_of("all"),)), "collectives": (collectives, (text_of("all"), "fsdp"))}
+    calls |= {"reductions": (reductions, (text_of("all"),))} | {f"collectives {name}": (collectives, (text_of("all"), machine)) for name, machine in WAYS.items()}
+    calls |= {f"held {sharding}": (held, (text_of("all"), sharding)) for sharding in ("ddp", "fsdp")}
     calls |= {"saved": (saved, (text_of("all"), "fsdp", places / "two")), "loaded": (loaded, (text_of("all"), "fsdp", places / "one"))}
     calls |= {"torn": (torn, (text_of("all"), places / "torn"))}
-    calls |= {"half": (trained, (dumps(job(VARIANTS["all"], dtype="bf16", steps=STEPS)), "fsdp"))}
     for name, config in (("straight", LONG), ("stopped", LONG), ("dit", DIT)):
         create(places / name, config, machine)
     calls |= {"straight": (worked, (str(places / "straight"),)), "stopped": (stopped, (str(places / "stopped"), 3)), "dit": (worked, (str(places / "dit"),))}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VTP_RUNS", str(places / "runs"))
         launch(DIT, machine=HERE)
-        return start(together, calls, nproc=2)
+        return ranks(together, calls, nproc=2, jobs=KNOWN)
 
 
 @pytest.fixture(scope="module")
 def four(places, two):
-    calls = {f"all {sharding}": (trained, (text_of("all"), sharding)) for sharding in ("ddp", "fsdp")}
-    calls |= {"loaded": (loaded, (text_of("all"), "fsdp", places / "two")), "saved": (saved, (text_of("all"), "fsdp", places / "four"))}
-    return start(together, calls, nproc=4)
+    calls = {"all fsdp": (trained, (text_of("all"), "fsdp")), "loaded": (loaded, (text_of("all"), "fsdp", places / "two")), "saved": (saved, (text_of("all"), "fsdp", places / "four"))}
+    return ranks(together, calls, nproc=4, jobs=KNOWN)
 
 
 def write_one(places):
@@ -264,9 +308,34 @@ def test_two_ranks_train_the_model_of_one(name, sharding, alone, two):
 
 
 @pytest.mark.timeout(300)
+def test_four_ranks_train_the_model_of_one(alone, four):
+    same(alone["all"], four["all fsdp"])
+
+
+MATRIX = {
+    "clip": (clip(drop=DROP),), "siglip": (clip(loss="siglip", drop=DROP),), "rec": (rec(drop=DROP),), "ssl": (ssl(**FREEZE),), "ssl, softmax": (ssl(centering="softmax", **FREEZE),),
+    "ssl on the latent": (ssl(tap="latent", **FREEZE),), "all apart": (clip(drop=DROP), ssl(**FREEZE), rec(drop=0.5, weight=0.1)), **VARIANTS,
+}
+
+
+def matrix(texts, sharding, machine):
+    return {name: trained(text, sharding, machine) for name, text in texts.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("chunk", [None, 2])
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
-def test_four_ranks_train_the_model_of_one(sharding, alone, four):
-    same(alone["all"], four[f"all {sharding}"])
+@pytest.mark.parametrize("procs", [2, 4])
+def test_any_objective_on_any_ranks(procs, sharding, chunk):
+    "Every objective alone and together, Sinkhorn and softmax over ranks, unequal numbers of masked patches, stochastic depth, in one piece or in chunks."
+    texts = {name: dumps(job(objectives, dtype="fp64", steps=STEPS)) for name, objectives in MATRIX.items()}
+    for name, found in ranks(matrix, texts, sharding, replace(HERE, chunk=chunk), nproc=procs, jobs=map(loads, texts.values())).items():
+        same(reference(texts[name]), found)
+
+
+@lru_cache
+def reference(text): return trained(text)
 
 
 def test_the_comparison_is_of_a_model_that_moved(alone):
@@ -278,14 +347,16 @@ def test_the_comparison_is_of_a_model_that_moved(alone):
     assert rows[0]["grad_norm"] > 3                                                        # it was clipped
 
 
-def test_fsdp_with_recomputed_activations(alone, two):
+def test_fsdp_with_recomputed_activations_and_chunks(alone, two):
     same(alone["all"], two["recomputed"])
 
 
-def test_fsdp_under_autocast_is_close(two):
-    rows, _ = trained(dumps(job(VARIANTS["all"], dtype="bf16", steps=STEPS)))
-    assert [row["loss"] for row in two["half"][0]] == pytest.approx([row["loss"] for row in rows], rel=2e-2)
-    assert {t.dtype for t in two["half"][1]["model"].values() if t.is_floating_point()} == {torch.float32}
+@pytest.mark.slow
+def test_fsdp_under_autocast_is_close():
+    half = dumps(job(VARIANTS["all"], dtype="bf16", steps=STEPS))
+    (rows, _), (shared, state) = trained(half), ranks(trained, half, "fsdp", nproc=2, jobs=[loads(half)])
+    assert [row["loss"] for row in shared] == pytest.approx([row["loss"] for row in rows], rel=2e-2)
+    assert {t.dtype for t in state["model"].values() if t.is_floating_point()} == {torch.float32}
 
 
 def test_the_dit_and_its_average(places, two, monkeypatch):
@@ -320,9 +391,18 @@ def test_ddp_reduces_each_gradient_once(two):
     assert steps == [(trainable, 1), (trainable, 1)] and not searched
 
 
-def test_fsdp_reduces_each_gradient_once(two):
-    "Blocks of trunk (2), decoder (2) and text (1), and the rest of the model; the trunk runs twice, for clip with rec and for ssl."
-    assert two["collectives"] == 2 + 2 + 1 + 1
+@pytest.mark.parametrize("way", WAYS)
+def test_fsdp_reduces_each_gradient_once(way, two):
+    "Blocks of trunk (2), decoder (2) and text (1), and the rest of the model; the trunk runs twice, for clip with rec and for ssl, and for every chunk."
+    assert two[f"collectives {way}"] == (2 + 2 + 1 + 1, 1)
+
+
+def test_a_rank_of_fsdp_holds_its_share(two):
+    "Of parameters, gradients and moments, up to the row that can't be cut; DDP holds them whole."
+    (shares, whole), (copies, _) = two["held fsdp"], two["held ddp"]
+    for kind, total in whole.items():
+        assert total > 0 and all(copy[kind] == total for copy in copies)
+        assert abs(sum(mine[kind] for mine in shares) - total) < 1e-3 * total and max(mine[kind] for mine in shares) < 0.53 * total, kind
 
 
 def test_a_sharded_checkpoint_is_read_whole_on_one_process(places, two):
@@ -343,6 +423,35 @@ def test_any_number_of_ranks_reads_it(places, two, four):
     assert equal(two["loaded"][0], {group: one.tensors(group) for group in ("model", "optim")})
     written = Checkpoint(places / "four" / "step-000000002")
     assert equal({group: written.tensors(group) for group in ("model", "optim")}, four["saved"]) and apart(four["saved"], two["saved"]) < 1e-8
+
+
+def test_it_goes_from_hand_to_hand(places, two, four):
+    "Written by one process, by two ranks, by four; read by one, by two and three that share the model or have a copy each, and written anew by these: bit by bit the same."
+    text = text_of("all")
+    three = [("fsdp", places / "four", places / "three"), ("ddp", places / "two", places / "three copies"), ("fsdp", places / "one", None)]
+    for found, source in zip(ranks(passed_on, text, three, nproc=3, jobs=KNOWN), ("four", "two", "one"), strict=True):
+        assert equal(found, whole_of(places / source))
+    again = [("fsdp", places / "three", None), ("ddp", places / "four", None), ("fsdp", places / "three copies", None)]
+    for found, source in zip(ranks(passed_on, text, again, nproc=2, jobs=KNOWN), ("four", "four", "two"), strict=True):
+        assert equal(found, whole_of(places / source))
+    assert equal(whole_of(places / "three"), four["saved"]) and equal(whole_of(places / "three copies"), two["saved"])
+
+
+def whole_of(folder):
+    checkpoint = Checkpoint(folder / "step-000000002")
+    assert checkpoint.damage() is None
+    return {group: checkpoint.tensors(group) for group in ("model", "optim")}
+
+
+def test_torch_s_own_reader_reads_it(places, two, four, tmp_path):
+    "The files of a group say where in the whole their rows lie, as torch.distributed.checkpoint's reader of safetensors wants it; on one process and on two ranks."
+    for writer, expected in (("two", two), ("four", four)):
+        folder = tmp_path / writer
+        folder.mkdir()
+        for file in (places / writer / "step-000000002").glob("model.*.safetensors"):
+            (folder / file.name).symlink_to(file)
+        for found in (read_by_dcp(text_of("all"), folder), ranks(read_by_dcp, text_of("all"), folder, nproc=2, jobs=KNOWN)):
+            assert equal({"model": found}, {"model": expected["saved"]["model"]})
 
 
 def test_a_missing_or_changed_shard_is_seen(places, two):
@@ -385,12 +494,14 @@ def test_a_resume_of_shards_is_bitwise(places, two):
     assert rows_of(straight) == rows_of(halted) and (straight.at(2).path / "model.index.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_from_one_process_to_shards_and_back(places, two, monkeypatch, tmp_path):
     "A run of one process whose last steps two sharded ranks make, and a run of shards whose last steps one process makes."
     import shutil
 
     monkeypatch.setenv("VTP_RUNS", str(tmp_path))
+    monkeypatch.setattr(vtp.job, "start", partial(ranks, jobs=[LONG]))
     whole, = launch(LONG, machine=HERE)
     expected = {"model": whole.at().tensors("model")}
     for name, first, machine in (("up", whole, replace(HERE, procs=2, sharding="fsdp")), ("down", Run(places / "straight"), HERE)):

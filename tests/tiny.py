@@ -1,7 +1,13 @@
-"""The smallest real job with all three objectives: what the tests of the engine train."""
+"""The smallest real job with all three objectives: what the tests of the engine train, and ranks that start at once."""
+import multiprocessing
+import os
 import signal
+from functools import partial
+from unittest import mock
 
 import vtp.pretrain as package
+import vtp.ranks
+from vtp.config import digest
 from vtp.data.augment import CropConfig
 from vtp.data.samples import mix
 from vtp.data.shapes import Shapes
@@ -60,6 +66,27 @@ def one_step(text, step=0):
     masked = int(views["ssl"]["masked_weight"].gt(0).sum()) if "ssl" in views else 0
     return ({name: float(sum_ranks(loss) / world()) for name, loss in losses.items()},
             {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, masked)
+
+
+IMPORTED = ["vtp.worker", "vtp.pretrain", "vtp.finetune_decoder", "vtp.generation.train", "vtp.evaluation.zero_shot", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.utils.tensorboard"]
+
+
+def _there(env, costs, fn, args):
+    os.environ.update(env)
+    count = package.cost
+    package.cost = lambda job: costs[digest(job)] if digest(job) in costs else count(job)
+    return fn(*args)
+
+
+def ranks(fn, *args, jobs=(), **options):
+    """`vtp.ranks.start`, whose processes are forked from one that has imported the package: importing is most of what starting ranks takes.
+
+    `jobs`: what these cost is counted here, once, and not in every rank."""
+    multiprocessing.set_forkserver_preload(IMPORTED)
+    if options.get("nproc", 1) == 1 and not options.get("restarts"):
+        return fn(*args)
+    with mock.patch.object(vtp.ranks, "LaunchConfig", partial(vtp.ranks.LaunchConfig, start_method="forkserver")):
+        return vtp.ranks.start(_there, dict(os.environ), {digest(job): package.cost(job) for job in jobs}, fn, args, **options)
 
 
 def stop_at(patch, *steps, order=None):

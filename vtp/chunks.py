@@ -52,7 +52,7 @@ def summed(fn:Callable[..., torch.Tensor], count:int, chunk:int|None, inputs:tup
     pieces, wanted = slices(count, chunk), [t for t in (*inputs, *parameters) if t.requires_grad]
     if len(pieces) == 1 or not torch.is_grad_enabled() or any(hasattr(t, "device_mesh") for t in wanted):
         total = replayed(lambda rows: (fn(rows, *inputs)[None],), count, chunk)[0].sum(0)
-        return total[0], total[1:].detach()
+        return total[0].clone(), total[1:].detach()                          # FSDP warns of outputs that are views
     cut = [t.detach().requires_grad_(t.requires_grad) for t in inputs]       # or the walk would go on behind them
     total, known = 0, [None] * len(wanted)
     for rows in pieces:

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ..dist import is_main
 from ..interfaces import Tokenizer
 from ..job import Job, run_of
+from ..noise import drawn
 from ..run import Run
 from .representation import OwnTrunk, TimmRepresentation
 from ..vit import Tokens
@@ -160,11 +161,11 @@ class FrozenTokenizer(Tokenizer):
         "(B, 3, H, W) in [0, 1] → z (B, D, H/s, W/s); without statistics any sides that are multiples of the stride"
         return self._normalised(self.representation.patches(image))
 
-    def perturb(self, z:torch.Tensor) -> torch.Tensor:
-        "z + τ·u·n, u ~ U(0, 1) for each image and n ~ N(0, 1), from torch's generator."
+    def perturb(self, z:torch.Tensor, seed:int|None=None) -> torch.Tensor:
+        "z + τ·u·n, u ~ U(0, 1) for each image and n ~ N(0, 1), from torch's generator, or for the global batch by the `seed` of the step."
         if not self.noise: return z
-        amount = self.noise * torch.rand(len(z), 1, 1, 1, device=z.device, dtype=z.dtype)
-        noise = rearrange(torch.randn(len(z), z[0, 0].numel(), z.shape[1], device=z.device, dtype=z.dtype), "b (h w) d -> b d h w", h=z.shape[2])
+        amount = self.noise * drawn(torch.rand, (len(z), 1, 1, 1), z, "rae strength", seed)
+        noise = rearrange(drawn(torch.randn, (len(z), z[0, 0].numel(), z.shape[1]), z, "rae noise", seed), "b (h w) d -> b d h w", h=z.shape[2])
         return z + amount * noise if self.scale is None else z + amount * noise / self.scale
 
     def decode(self, z:torch.Tensor) -> torch.Tensor:
