@@ -11,7 +11,7 @@ from pathlib import Path
 import vtp
 
 # %% ../nbs/82_paper.ipynb #2f8e4135
-COLUMNS = ("version", "item", "panel", "series", "x", "x_unit", "y", "metric", "protocol", "digitised", "error", "source")
+COLUMNS = ("version", "item", "panel", "series", "x", "x_unit", "y", "metric", "protocol", "digitised", "error", "x_error", "source")
 
 def load(path:str|Path|None=None):
     """The paper's numbers as a DataFrame with the `COLUMNS`, in the order of `data/paper.csv`.
