@@ -15,9 +15,13 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: a campaign, run by `make test-slow`")
+    config.addinivalue_line("markers", "records: counts what it tries (the fixture `record`); `make test-slow` runs these too")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "record" in getattr(item, "fixturenames", ()): item.add_marker("records")
     if config.getoption("--slow"): return
     for item in items:
         if "slow" in item.keywords: item.add_marker(pytest.mark.skip(reason="a campaign: run it with make test-slow"))
