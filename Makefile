@@ -7,7 +7,7 @@ STAMP := .venv/installed
 help:
 	@echo "make quickstart   install, then take three tokenizers from procedural pairs to generated samples (about 7 minutes on 2 cores)"
 	@echo "make test         install, then run every test"
-	@echo "make test-slow    the campaigns: hundreds of faults in data"
+	@echo "make test-slow    the campaigns: hundreds of kills, bad inputs, full disks, evil files; writes data/reliability.jsonl, which nbs/85_reliability.ipynb shows"
 	@echo "make install      only create .venv and install into it"
 	@echo "make nbs          run every notebook in nbs/ in place (outputs kept), clean and export"
 
@@ -29,8 +29,11 @@ quickstart: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal tests
 
+# What the campaigns (and the quick tests of faults, which carry the marker "records") tried becomes data/reliability.jsonl, whatever they found.
 test-slow: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --slow -m slow tests
+	@rm -f data/reliability.raw
+	@start=$$(date +%s); OMP_NUM_THREADS=1 VTP_RELIABILITY=$(CURDIR)/data/reliability.raw $(BIN)/pytest -n 2 --dist worksteal --slow -m "slow or records" tests; status=$$?; \
+	$(BIN)/python -m vtp.reliability data/reliability.raw $$(( $$(date +%s) - start )); rm -f data/reliability.raw; exit $$status
 
 nbs: $(STAMP)
 	$(BIN)/python tools/run_nbs.py nbs/*.ipynb

@@ -1,7 +1,7 @@
 """What needs a GPU, one command each; every one also runs on a CPU with --size S --batch 2 --image 64, to show that it works.
 
     python benchmarks/gpu.py encode      H1, H2: images/s of bf16 encode at a large batch, latency at batch 1; ours compiled and eager
-    python benchmarks/gpu.py step        H3: samples/s and MFU of the pre-training step, ours compiled against ours eager
+    python benchmarks/gpu.py step        H3: samples/s and MFU of the pre-training step, ours compiled and eager against the legacy structure: three separate forwards, 77 columns of text, eager autocast
     python benchmarks/gpu.py parity      bf16 on this device against fp64 on the CPU: losses and gradients of one step, all objectives
 
 Times are medians after warm-up, synchronised; MFU is FLOPs counted (attention included) over --peak. Prints Markdown.
@@ -24,6 +24,7 @@ from vtp.recipes import VTP, at
 from vtp.tokenizers.vit import ViTTokenizerConfig
 from vtp.vit import size
 
+from step import full_context, separate
 
 def median(fn, device, repeats):
     "Median seconds of `fn()`, two calls of warm-up first."
@@ -76,17 +77,23 @@ def job_of(args):
 
 def step(args, device):
     job = job_of(args)
-    print("| hardware | model | batches | path | samples/s | ms/step | MFU | peak GB |\n|---|---|---|---|---:|---:|---:|---:|")
+    print("| hardware | model | batches | path | samples/s | ms/step | ratio | MFU | peak GB |\n|---|---|---|---|---:|---:|---:|---:|---:|")
     batch = Batches(job.pairs, job.objectives, 0, 1)[0]
     batch = to_device({name: batch[name] for name in job.weights}, device)
-    for compiled in (False, True):
+    legacy = None
+    for path in ("three forwards, eager", "eager", "compiled"):
         model = freeze_unused(job.build(device), job).train()
-        prepare(model, Machine(compile=compiled))
+        prepare(model, Machine(compile=path == "compiled"))
+        views = batch
+        if path.startswith("three"): model, views = separate(model), full_context(batch)
         opt = adamw(model, job.optim)
-        seconds = median(lambda: train_step(model, batch, opt, job, 0), device, args.repeats)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        seconds = median(lambda: train_step(model, views, opt, job, 0), device, args.repeats)
+        legacy = seconds if path.startswith("three") else legacy
         memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else float("nan")
         sizes = "/".join(str(o.batch) for o in job.objectives)
-        print(f"| {hardware(device)} | VTP-{args.size} {args.image} px | {sizes} | {'compiled' if compiled else 'eager'}, bf16 | {job.batch / seconds:.1f} | {1e3 * seconds:.1f} | {100 * cost(job).flops / seconds / args.peak:.1f} % | {memory:.1f} |", flush=True)
+        print(f"| {hardware(device)} | VTP-{args.size} {args.image} px | {sizes} | {path}, bf16 | {job.batch / seconds:.1f} | {1e3 * seconds:.1f} | {legacy / seconds:.2f} | {100 * cost(job).flops / seconds / args.peak:.1f} % | {memory:.1f} |", flush=True)
 
 
 def parity(args, device):

@@ -58,7 +58,7 @@ def timed(args, job, batch, sharding, compiled, device):
         taken = torch.tensor([time.perf_counter() - start], device=device)
         dist.all_reduce(taken, dist.ReduceOp.MAX)
         times.append(taken.item())
-        first = float(sum_ranks(loss.double()) / world()) if i == 0 else first
+        if i == 0: first = float(sum_ranks(loss.double()) / world())
     return first, statistics.median(times[2:]), torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else float("nan")
 
 

@@ -9,7 +9,7 @@ from tiny import HERE, TOKENIZER, clip, job, one_step, rec, stop_at
 from vtp.config import dumps, loads
 from vtp.data.augment import CropConfig
 from vtp.data.shapes import Shapes
-from vtp.dist import start
+from vtp.ranks import start
 from vtp.finetune_decoder import FinetuneDecoder
 from vtp.generation.latents import CacheLatents, open_latents
 from vtp.hub import from_pretrained, save_pretrained

@@ -114,6 +114,7 @@ def test_a_slice_that_keeps_nothing():
         assert parameter.grad is not None and (name.startswith("norm") or not parameter.grad.any()), name
 
 
+@pytest.mark.slow
 def test_a_compiled_block_takes_any_number():
     "Blocks are compiled one by one; the subsets are worked out outside of them."
     torch.manual_seed(0)

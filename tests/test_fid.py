@@ -9,11 +9,12 @@ from PIL import Image
 from vtp.data.augment import RESIZE
 from vtp.data.imagenet import ImageFolder
 from vtp.data.shapes import Shapes
-from vtp.dist import rank, start, world
+from vtp.dist import rank, world
 from vtp.evaluation import fid
 from vtp.evaluation.fid import Measured, Seen, Stats, bootstrap, frechet, inception_score, measure, originals, precision_recall, quantise, reference
 from vtp.evaluation.generation import GenerationQuality
 from vtp.evaluation.protocol import PROTOCOLS
+from vtp.ranks import start
 
 
 class Means(torch.nn.Module):

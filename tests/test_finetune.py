@@ -9,6 +9,7 @@ import torch
 from tiny import HERE, TOKENIZER, job, rec
 
 import vtp.finetune_decoder as package
+from vtp.checkpoint import write_checkpoint
 from vtp.config import dumps, loads
 from vtp.data.augment import CropConfig
 from vtp.data.shapes import Shapes
@@ -17,7 +18,6 @@ from vtp.job import At, inputs, launch, run_of
 from vtp.objectives.adversarial import DINO, Adversarial, DiffAugment, FeatureGAN, PatchGAN, Trunk, draws
 from vtp.optim import OptimConfig
 from vtp.perceptual import PerceptualConfig
-from vtp.run import write_checkpoint
 
 GROUPS = ("decoder", "ema", "discriminator", "optim", "optim_discriminator")
 TUNE = OptimConfig(2e-3, (0.5, 0.9), 1e-8, 0.0, 2, 0.1, None)

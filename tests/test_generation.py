@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from tiny import job, rec
 
 from vtp.data.shapes import Shapes
-from vtp.dist import start, world
+from vtp.dist import world
 from vtp.evaluation.extractors import Inception, MobileNet, MobileNetV1, ShapesEvaluator
 from vtp.evaluation.generation import GenerationQuality, sample_sheet
 from vtp.evaluation.protocol import PROTOCOLS
@@ -19,6 +19,7 @@ from vtp.generation.flow import SamplerConfig
 from vtp.generation.latents import CacheLatents
 from vtp.generation.train import Generator, TrainDiT
 from vtp.job import At
+from vtp.ranks import start
 from vtp.tokenizers.vit import ViTTokenizerConfig
 from vtp.vit import ViTConfig
 

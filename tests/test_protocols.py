@@ -14,7 +14,7 @@ from torch import nn
 import vtp.config
 from vtp.config import digest, dumps, loads
 from vtp.data.shapes import Shapes
-from vtp.dist import start
+from vtp.ranks import start
 from vtp.evaluation.linear_probe import LinearProbe
 from vtp.evaluation.protocol import CARD, PROTOCOLS, Evaluate, comparable, compare, trained_card
 from vtp.evaluation.reconstruction import ReconstructionQuality

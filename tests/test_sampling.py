@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from vtp.data.samples import mix
-from vtp.dist import gather_objects, start
+from vtp.dist import gather_objects
+from vtp.ranks import start
 from vtp.generation.dit import DiT, DiTConfig
 from vtp.generation.flow import SamplerConfig, gaussian, integrate, time_grid
 from vtp.generation.sample import generate, noise_of

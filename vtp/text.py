@@ -36,6 +36,13 @@ def _byte_pairs():
     return import_open_clip().tokenizer.SimpleTokenizer()
 
 # %% ../nbs/11_text.ipynb #196af3b1
+_WORDS = 2**20     # words whose pieces are remembered, a few hundred MB
+
+def _forget(known):
+    "Empty the memory of a tokenizer, but for its special tokens, once it is full."
+    if len(known.cache) > _WORDS: known.cache = {token: token for token in (known.decoder[number] for number in known.all_special_ids)}
+
+# %% ../nbs/11_text.ipynb #1717d1cb
 def bpe(captions:list[str], context:int=77) -> torch.Tensor:
     """Byte-pair ids (B, context) int64 of B captions: 49406, the caption's ids, 49407, then zeros.
 
@@ -46,7 +53,8 @@ def bpe(captions:list[str], context:int=77) -> torch.Tensor:
     wrong = {type(caption).__name__ for caption in captions} - {"str"}
     if wrong: raise TypeError(f"a caption is a str, not {', '.join(sorted(wrong))}: leave out samples without one")
     if context < 2: raise ValueError(f"context={context} has no room for start and end of a text: use at least 2")
-    return _byte_pairs()(list(captions), context_length=context)
+    _forget(known := _byte_pairs())
+    return known(list(captions), context_length=context)
 
 # %% ../nbs/11_text.ipynb #8d62e959
 def cut(ids:torch.Tensor, multiple:int=8) -> torch.Tensor:

@@ -6,12 +6,12 @@
 __all__ = ['Absent', 'fetched', 'read_json', 'read_tensors', 'only_tensors', 'unpickled', 'fill']
 
 # %% ../nbs/05_weights.ipynb #3e6ced36
-import json
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from .config import parse, shown
 from .run import resolve
 
 # %% ../nbs/05_weights.ipynb #4234d3fd
@@ -62,8 +62,8 @@ def read_json(path:Path) -> dict:
     "The object in a JSON file. Raises ValueError, naming the file, for one that holds anything else or more than 10 MB."
     wanted = "a config is read from a folder, or from the Hub, that holds one"
     if (size := path.stat().st_size) > _LARGEST: raise ValueError(f"{path} has {size / 1e6:.0f} MB, too much for a description: {wanted}")
-    try: found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error: raise ValueError(f"{path} is not JSON ({str(error)[:80]}): {wanted}") from error
+    try: found = parse(path.read_bytes())
+    except ValueError as error: raise ValueError(f"{path} is not JSON ({shown(error)}): {wanted}") from error
     if not isinstance(found, dict): raise ValueError(f"{path} holds a {type(found).__name__}, not a JSON object: {wanted}")
     return found
 
@@ -76,8 +76,17 @@ def read_tensors(path:Path, inside:tuple[str, ...]=()) -> dict[str, torch.Tensor
     from safetensors.torch import load_file
     if path.suffix != ".safetensors": return only_tensors(unpickled(path), path.name, inside)
     if (first := _first(path))[8:9] != b"{": raise _no_file("safetensors", path, first)      # eight bytes of length, then JSON
-    try: return load_file(path)
-    except SafetensorError as error: raise ValueError(f"{path.name} is not a whole safetensors file ({error}): fetch it again") from error
+    try:
+        _check_header(path)
+        return load_file(path)
+    except (SafetensorError, ValueError) as error: raise ValueError(f"{path.name} is not a whole safetensors file ({shown(error, 200)}): fetch it again") from error
+
+def _check_header(path:Path):
+    "Raises ValueError for a header that is too large for a description (reading one takes forty times its size), or that names a tensor twice."
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > _LARGEST: raise ValueError(f"a header of {length} bytes is larger than any list of tensors: {_LARGEST} are read")
+        parse(file.read(length))
 
 def only_tensors(held:dict, what:str, inside:tuple[str, ...]=()) -> dict[str, torch.Tensor]:
     "The tensors by name in `held`, under the keys `inside` one after the other. Raises ValueError if a key is missing or there is more than tensors; `what` names the file."
@@ -101,17 +110,28 @@ def unpickled(path:Path) -> dict:
     "The dictionary that `torch.load` reads without running code. Raises ValueError for a file that holds code, is damaged, or is of another format."
     import pickle
     import struct
+    import tarfile
+    import zipfile
     first = _first(path)
     zipped = first.startswith(b"PK\x03\x04")
     if not (zipped or first.startswith(b"\x80")): raise _no_file("torch", path, first)      # a zip archive, or a bare pickle of protocol 2 and later
-    try: state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)      # mapped: of a training's checkpoint only what is used is read
+    try:
+        if zipped: _check_archive(path)
+        elif tarfile.is_tarfile(path): raise ValueError("a tar, torch's oldest format, which is read by unpacking it")
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)      # mapped: of a training's checkpoint only what is used is read
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path.name} holds more than data, and reading it would run code: it is refused. Load it where you trust it, and save its "
                          "state dict alone with safetensors.torch.save_file; a file that should hold tensors alone is damaged: fetch it again") from error
-    except (RuntimeError, EOFError, struct.error, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:      # all that torch's reader does with torn bytes
-        raise ValueError(f"{path.name} is not a whole torch file ({str(error)[:120]}): fetch it again") from error
+    except (RuntimeError, EOFError, struct.error, ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, MemoryError, zipfile.BadZipFile) as error:      # all that torch's reader does with torn bytes
+        raise ValueError(f"{path.name} is not a whole torch file ({shown(error, 120)}): fetch it again") from error
     if not isinstance(state, dict): raise ValueError(f"{path.name} holds a {type(state).__name__}, not a state dict")
     return state
+
+def _check_archive(path:Path):
+    "Raises ValueError for a zip archive with compressed members: they expand to what they say."
+    import zipfile
+    with zipfile.ZipFile(path) as archive:
+        if packed := [member.filename for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED]: raise ValueError(f"{shown(packed[0])} is compressed, which torch does not write")
 
 # %% ../nbs/05_weights.ipynb #491d6fcd
 def fill(module:nn.Module, tensors:dict[str, torch.Tensor], what:str) -> nn.Module:
@@ -122,7 +142,7 @@ def fill(module:nn.Module, tensors:dict[str, torch.Tensor], what:str) -> nn.Modu
     wrong = {"unexpected": sorted(tensors.keys() - own.keys()), "missing": sorted(own.keys() - tensors.keys()),
              "misshapen": [f"{k} {tuple(tensors[k].shape)}, not {tuple(own[k].shape)}" for k in sorted(own.keys() & tensors.keys()) if own[k].shape != tensors[k].shape]}
     if any(wrong.values()):
-        said = "; ".join(f"{len(keys)} {kind}: {', '.join(keys[:6])}{' …' * (len(keys) > 6)}" for kind, keys in wrong.items() if keys)
+        said = "; ".join(f"{len(keys)} {kind}: {', '.join(shown(key) for key in keys[:6])}{' …' * (len(keys) > 6)}" for kind, keys in wrong.items() if keys)
         raise ValueError(f"{what} does not fit {type(module).__name__}: {said}")
     if any(tensor.is_meta for tensor in tensors.values()): return module.eval()          # shapes alone: they fit
     try: module.load_state_dict(tensors)

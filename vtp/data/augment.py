@@ -52,11 +52,11 @@ class CropConfig:
 
 # %% ../../nbs/21_augment.ipynb #679afb31
 def _fallback(sizes:np.ndarray, ratio:tuple[float, float]) -> np.ndarray:
-    "(n, 2) heights and widths of images → those of the largest box whose aspect lies in `ratio`."
+    "(n, 2) heights and widths of images → those of the largest box whose aspect lies in `ratio`, at least one pixel in each."
     height, width = sizes.T
     tall, flat = width / height < ratio[0], width / height > ratio[1]
-    return np.stack([np.where(tall, np.rint(width / ratio[0]), height),
-                     np.where(flat, np.rint(height * ratio[1]), width)], 1).astype(np.int64)
+    box = np.stack([np.where(tall, np.rint(width / ratio[0]), height), np.where(flat, np.rint(height * ratio[1]), width)], 1)
+    return np.maximum(box, 1).astype(np.int64)
 
 # %% ../../nbs/21_augment.ipynb #32e450f2
 def crop_boxes(sizes:np.ndarray, keys:np.ndarray, crop:CropConfig) -> np.ndarray:

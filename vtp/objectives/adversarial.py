@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from ..config import added
+from ..config import added, shown
 from ..data.samples import mix, uniform
 from ..dist import gather, world
 from ..job import At
@@ -79,6 +79,9 @@ class DINO:
     model:str = "vit_small_patch8_224.dino"
     size:int = 224                                 # pixels that images are resized to
     taps:tuple[int, ...] = (2, 5, 8, 11)           # blocks, from 0; the last block's output comes before them
+
+    def __post_init__(self):
+        if not isinstance(self.model, str) or {":", "/"} & set(self.model): raise ValueError(f"model='{shown(self.model)}' names a place, which timm would read or fetch: give the name of a network, and its file as weights")
 
     def check(self, size:int):
         "Raise FileNotFoundError, naming the way out, if the weights aren't there."

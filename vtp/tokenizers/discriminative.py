@@ -9,6 +9,7 @@ __all__ = ['DISCRIMINATIVE', 'Features', 'FeaturesConfig', 'CLIPImages', 'TextTo
 # %% ../../nbs/43f_discriminative.ipynb #49ba5c38
 import hashlib
 import json
+import re
 from dataclasses import dataclass, fields
 from functools import partial
 from inspect import signature
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..config import shown
 from ..interfaces import Objective, Tokenizer
 from ..job import Job
 from ..run import resolve
@@ -128,7 +130,7 @@ def words(text:dict, folder:Path):
     options = {"context_length": text.get("context_length", 77), **text.get("tokenizer_kwargs", {})}
     if (name := text.get("hf_tokenizer_name")) is None: return SimpleTokenizer(**options)
     where = str(folder) if (folder / "tokenizer_config.json").is_file() else name
-    try: return HFTokenizer(where, tokenizer_mode=text.get("tokenizer_mode"), **options)
+    try: return HFTokenizer(where, tokenizer_mode=text.get("tokenizer_mode"), trust_remote_code=False, **options)      # a vocabulary is data
     except ImportError as error: raise ImportError(f"texts of this model are cut into the words of {name}, which needs a package: pip install transformers") from error
     except OSError as error: raise FileNotFoundError(f"the vocabulary {name} can't be had ({str(error).splitlines()[0][:100]}). Where there is a network:\n    hf download {name} --include '*token*' --local-dir {folder}") from error
 
@@ -149,6 +151,15 @@ def network_of(config:dict) -> nn.Module:
         with torch.random.fork_rng(devices=[]): return made(**config | {"vision_cfg": config["vision_cfg"] | {"timm_model_pretrained": False}})     # what is drawn is overwritten
     except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError, AttributeError) as error: raise ValueError(f"open_clip can't build this model_cfg ({type(error).__name__}: {str(error)[:200]})") from error
 
+_OPTIONS = {"clean", "context_length", "language", "reduction_mask", "strip_sep_token"}     # what a tokeniser may be told; others name files, or let a repository bring code
+
+def _check_places(vision:dict, text:dict):
+    "Raises ValueError for a config that would have a file of this machine read, a repository other than a vocabulary's asked, or code run."
+    options, name, trunk = text.get("tokenizer_kwargs") or {}, text.get("hf_tokenizer_name"), vision.get("timm_model_name")
+    if not isinstance(options, dict) or options.keys() - _OPTIONS: raise ValueError(f"tokenizer_kwargs may give {', '.join(sorted(_OPTIONS))}, not {shown(options)}")
+    if name is not None and (not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII) or resolve(name).exists()): raise ValueError(f"hf_tokenizer_name '{shown(name)}' is no id of the Hub")
+    if trunk is not None and (not isinstance(trunk, str) or {":", "/"} & set(trunk)): raise ValueError(f"timm_model_name '{shown(trunk)}' names a place, not a network")
+
 def _checked(config:dict) -> dict:
     "A copy of a `model_cfg` whose parts are there and have names that open_clip knows."
     open_clip, towers = import_open_clip(), ("vision_cfg", "text_cfg")
@@ -158,7 +169,8 @@ def _checked(config:dict) -> dict:
     if foreign: raise ValueError(f"{foreign[0]}: a captioner, or a text tower of transformers; only models of open_clip's own two towers are read")
     known = {"model_cfg": {"custom_text", *signature(open_clip.CustomTextCLIP).parameters, *signature(open_clip.CLIP).parameters}} | {key: {f.name for f in fields(kind)} for key, kind in zip(towers, (open_clip.CLIPVisionCfg, open_clip.CLIPTextCfg))}
     strange = [f"{part}.{key}" for part, names in known.items() for key in (config if part == "model_cfg" else config[part]).keys() - names]
-    if strange: raise ValueError(f"open_clip knows no {', '.join(sorted(strange))}: the config is of a newer open_clip, or of something else")
+    if strange: raise ValueError(f"open_clip knows no {shown(', '.join(sorted(strange)))}: the config is of a newer open_clip, or of something else")
+    _check_places(config["vision_cfg"], config["text_cfg"])
     return dict(config)
 
 # %% ../../nbs/43f_discriminative.ipynb #54427f8b
