@@ -133,6 +133,10 @@ def _begin(beside:Path, step:int, groups:dict[str, dict]):
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
 
+def _places(mine:dict, rows:dict) -> dict[str, str]:
+    "Where in the whole tensors those of a file lie, in the words of torch.distributed.checkpoint: its HuggingFaceStorageReader reads a group's files too."
+    return {"DCP_SHARDING_INFO": json.dumps({name: {"saved_offsets": [rows.get(name, (0,))[0], *[0] * (tensor.ndim - 1)][:tensor.ndim]} for name, tensor in mine.items()})}
+
 def _write(beside:Path, groups:dict[str, dict]) -> tuple[dict, dict]:
     "Write this rank's files: what the manifest says of them, and {group: {name: (shape, span)}} of the groups that are sharded."
     manifest, spans = {}, {}
@@ -142,7 +146,7 @@ def _write(beside:Path, groups:dict[str, dict]) -> tuple[dict, dict]:
         if rows: spans[group] = {name: (list(tensor.shape), rows.get(name)) for name, tensor in mine.items()}
         if rows or is_main():
             file = beside / (f"{group}.{rank():05d}-of-{world():05d}.safetensors" if rows else f"{group}.safetensors")
-            write_tensors(file, {name: local(tensor).cpu().contiguous() for name, tensor in mine.items()})
+            write_tensors(file, {name: local(tensor).cpu().contiguous() for name, tensor in mine.items()}, _places(mine, rows) if rows else None)
             manifest[file.name] = file.stat().st_size, hash_file(file)
     return manifest, spans
 

@@ -31,7 +31,7 @@ from .run import Run, create, matches, runs, writable
 # %% ../nbs/03_job.ipynb #c5f120c8
 @dataclass(frozen=True)
 class Machine:
-    "How a job is run. Nothing here may change a result, but for noise that a tokenizer (RAE, a VAE's posterior) draws in training: each rank draws its own."
+    "How a job is run. Nothing here may change a result."
     procs:int = 1              # processes of a job on this machine; on GPUs, one each
     jobs:int = 1               # jobs that run at the same time where none is another's input
     device:str = "auto"        # "auto", "cpu", "cuda"
@@ -186,7 +186,7 @@ def _follow_parent():
         time.sleep(2)
 
 def _begin(jobs:int):
-    "In a started process: outlive nobody, and leave cores to the other jobs (`vtp.dist.cores` respects the variable)."
+    "In a started process: outlive nobody, and leave cores to the other jobs (`vtp.ranks.cores` respects the variable)."
     threading.Thread(target=_follow_parent, daemon=True).start()
     mine = max(1, len(os.sched_getaffinity(0)) // jobs)
     os.environ["OMP_NUM_THREADS"] = str(min(mine, int(os.environ.get("OMP_NUM_THREADS", mine))))

@@ -135,7 +135,7 @@ def resume(run:Run, state:State) -> int:
     return checkpoint.step
 
 def seed_step(seed:int, step:int):
-    "Random numbers of this step on this rank: stochastic depth differs between ranks and is the same after a resume."
+    "Torch's random numbers of this step on this rank, the same after a resume. What draws for samples is keyed by their place in the global batch instead."
     torch.manual_seed(int(mix(seed, step, rank()).item()) & (2**63 - 1))
 
 # %% ../nbs/50a_loop.ipynb #8990f7d4
