@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import HERE, TOKENIZER, clip, job, one_step, rec, stop_at
+from tiny import HERE, TOKENIZER, clip, job, one_step, rec, stop_at, swapped
 
 from vtp.config import dumps, loads
 from vtp.data.augment import CropConfig
@@ -194,12 +194,6 @@ def test_a_wrong_grid_is_refused_before_training():
     small = cnn_job((distil(),), tokenizer=replace(CNN, multipliers=(1, 2), attention=(8,)), steps=2)
     with pytest.raises(ValueError, match="8×8 latents, but 4×4 tokens in the representation: set stride=2"):
         launch(small, machine=HERE)
-
-
-def swapped(job, other):
-    "The checkpoints of another run in the place of a job's own."
-    shutil.rmtree(run_of(job).path / "checkpoints")
-    shutil.copytree(run_of(other).path / "checkpoints", run_of(job).path / "checkpoints")
 
 
 @pytest.mark.timeout(180)

@@ -11,7 +11,7 @@ import timm
 import torch
 from formats import shapes, synthetic
 from safetensors.torch import save_file
-from tiny import HERE, job, rec
+from tiny import HERE, job, rec, swapped
 
 import vtp.finetune_decoder as package
 from vtp.config import dumps, loads
@@ -122,10 +122,8 @@ def test_resume_is_bitwise_with_the_noise(tmp_path, monkeypatch):
 def test_other_weights_under_the_decoder_are_refused(tmp_path, monkeypatch):
     training = tuned(steps=3)
     launch(training, machine=HERE)
-    trunk = run_of(pretrained())
-    other, = launch(pretrained(seed=1), machine=HERE)
-    shutil.rmtree(trunk.path / "checkpoints")
-    shutil.copytree(other.path / "checkpoints", trunk.path / "checkpoints")
+    launch(pretrained(seed=1), machine=HERE)
+    swapped(pretrained(), pretrained(seed=1))
     with pytest.raises(ValueError, match="untrained-.* was made with encoder .* remove"):
         training.load()
     shutil.rmtree(run_of(training.of.job).path)                    # without that note the decoder's own is left
@@ -191,10 +189,8 @@ def test_statistics_change_the_latents_and_not_the_image(tmp_path):
         replace(config, representation=OwnTrunk(At(pretrained()), affine=True))
     with pytest.raises(ValueError, match="another representation"):
         replace(config, statistics=pretrained())
-    trunk = run_of(pretrained())
-    other, = launch(pretrained(seed=1), machine=HERE)
-    shutil.rmtree(trunk.path / "checkpoints")
-    shutil.copytree(other.path / "checkpoints", trunk.path / "checkpoints")
+    launch(pretrained(seed=1), machine=HERE)
+    swapped(pretrained(), pretrained(seed=1))
     with pytest.raises(ValueError, match="was measured with representation .* launch again"):
         config.build()
     assert Untrained(config).build("meta").tokenizer.scale.shape == (32, 4, 4) and statistics.load()["var"].shape == (32, 4, 4)

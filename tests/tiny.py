@@ -1,19 +1,22 @@
 """The smallest real job with all three objectives: what the tests of the engine train, and ranks that start at once."""
+import json
 import multiprocessing
 import os
+import shutil
 import signal
 from functools import partial
 from unittest import mock
 
 import vtp.pretrain as package
 import vtp.ranks
+from vtp.checkpoint import hash_file
 from vtp.config import digest
 from vtp.data.augment import CropConfig
 from vtp.data.samples import mix
 from vtp.data.shapes import Shapes
 from vtp.dist import rank, sum_ranks, world, wrap
 from vtp.data.batch_sampling import Batches
-from vtp.job import Machine
+from vtp.job import Machine, run_of
 from vtp.objectives.contrastive import Contrastive
 from vtp.objectives.reconstruction import Reconstruction
 from vtp.objectives.self_supervised import SelfSupervised
@@ -102,3 +105,14 @@ def stop_at(patch, *steps, order=None):
         return step(model, batch, opt, config, number)
 
     patch.setattr(package, "train_step", interrupted)
+
+
+def swapped(job, other):
+    "The weights of another run in the place of a job's own, as if it had been trained again with another result."
+    mine = run_of(job)
+    shutil.rmtree(mine.path / "checkpoints")
+    shutil.copytree(run_of(other).path / "checkpoints", mine.path / "checkpoints")
+    for checkpoint in mine.checkpoints():
+        state, manifest = checkpoint.path / "state.json", checkpoint.path / "manifest.json"
+        state.write_text(json.dumps(checkpoint.state | {"job": mine.digest}))
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"state.json": (state.stat().st_size, hash_file(state))}))
