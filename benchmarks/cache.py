@@ -13,12 +13,9 @@ import argparse
 import copy
 import statistics
 import time
-import weakref
 from dataclasses import replace
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from vtp.data.augment import CropConfig
 from vtp.data.batch_sampling import Batches
@@ -26,6 +23,7 @@ from vtp.dist import alone
 from vtp.flops import count
 from vtp.job import Machine
 from vtp.loop import DTYPES, prepare, to_device
+from vtp.memory import Live
 from vtp.objectives.overall import Overall
 from vtp.optim import adamw
 from vtp.pretrain import _blank, freeze_unused, train_step
@@ -36,26 +34,6 @@ from vtp.vit import ViTConfig, size
 
 TARGET = 1.18
 TINY = ViTConfig(width=192, depth=12, heads=3)
-
-
-class Peak(TorchDispatchMode):
-    "Most bytes alive at once among the storages made inside."
-    def __init__(self):
-        super().__init__()
-        self.now, self.most, self.seen = 0, 0, weakref.WeakKeyDictionary()
-
-    def freed(self, size):
-        self.now -= size
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self.seen:
-                self.seen[storage] = True
-                self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
-                weakref.finalize(storage, self.freed, storage.nbytes())
-        return out
 
 
 def job_of(args, gpu):
@@ -117,9 +95,9 @@ def wait(device):
 def memory(side, batch, device):
     "Bytes at the peak of a step beyond those before it."
     if device.type != "cuda":
-        with Peak() as watch:
+        with Live() as watch:
             side.step(batch)
-        return watch.most
+        return watch.peak
     wait(device)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

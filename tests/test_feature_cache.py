@@ -1,14 +1,11 @@
 """Batches larger than memory: chunks change neither losses nor gradients, on any number of ranks and with either contrastive loss; they hold one chunk's activations."""
 import statistics
-import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from test_drop_path import CPU, same, step
 from tiny import clip, job, ranks, rec, ssl
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from vtp.chunks import replayed
 from vtp.config import dumps, loads
@@ -17,6 +14,7 @@ from vtp.data.batch_sampling import Batches
 from vtp.dist import alone, gather_objects, rank, world, wrap
 from vtp.flops import count
 from vtp.loop import to_device
+from vtp.memory import Live
 from vtp.objectives.contrastive import ContrastiveLoss
 from vtp.objectives.overall import Overall
 from vtp.objectives.self_supervised import SelfDistillation
@@ -176,26 +174,6 @@ def test_sums_of_sharded_parameters_are_replayed(monkeypatch):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-13)
 
 
-class Peak(TorchDispatchMode):
-    "Most bytes alive at once among the storages made inside."
-    def __init__(self):
-        super().__init__()
-        self.now, self.most, self.seen = 0, 0, weakref.WeakKeyDictionary()
-
-    def freed(self, size):
-        self.now -= size
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self.seen:
-                self.seen[storage] = True
-                self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
-                weakref.finalize(storage, self.freed, storage.nbytes())
-        return out
-
-
 class Saved(torch.autograd.graph.saved_tensors_hooks):
     "Bytes of distinct storages that autograd keeps for the backward pass."
     def __init__(self):
@@ -230,9 +208,9 @@ def test_memory_falls_with_the_number_of_chunks():
         loss.backward()
         for module in (tokenizer, objective):
             module.zero_grad()
-        with Peak() as watch:
+        with Live() as watch:
             objective(tokenizer, batch).backward()
-        peak[chunks] = watch.most
+        peak[chunks] = watch.peak
         for module in (tokenizer, objective):
             module.zero_grad()
     base = sum(4 * p.numel() for module in (tokenizer.encoder, objective) for p in module.parameters())      # the gradients
@@ -253,9 +231,9 @@ def test_memory_of_the_other_terms(name, least):
     for chunk in (None, 4):
         model = freeze_unused(config.build(), config).train()
         model.objectives[name].chunk = chunk
-        with Peak() as watch:
+        with Live() as watch:
             model(batch, 1)[name].backward()
-        peak[chunk] = watch.most - sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+        peak[chunk] = watch.peak - sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
     print(name, {chunk: f"{value / 2**20:.1f} MiB" for chunk, value in peak.items()})
     assert peak[None] / peak[4] > least, peak
 

@@ -63,7 +63,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_memory_and_flops_are_those_of_a_real_step(way, record):
+def test_memory_and_flops_are_those_of_a_real_step(way):
     names, dtype, machine = WAYS[way]
     job = replace(recipe(names, "smoke"), dtype=dtype)
     batch = real_batch(job)

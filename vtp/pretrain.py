@@ -33,7 +33,7 @@ from .weights import fill
 def train_step(model:nn.Module, batch:dict, opt:torch.optim.AdamW, config:"Pretrain", step:int) -> dict[str, torch.Tensor]:
     "One optimiser step on Eq. 2; its numbers as tensors, because reading them would wait for the device."
     kind = next(model.parameters()).device.type
-    row = due(config, step + 1)
+    row = due(config, step + 1) and not any(getattr(objective, "chunk", None) for objective in unwrap(model).objectives.values())      # looking would keep what chunks let go
     with used(meeting(unwrap(model).tokenizer)) if row else nullcontext() as shared, torch.autocast(kind, torch.bfloat16, enabled=config.dtype == "bf16"): losses = model(batch, int(mix(config.seed, step)))
     terms = {k: config.weights[k] * l for k, l in losses.items()}
     loss = sum(terms.values())                                        # Eq. 2: λ_rec L_rec + λ_ssl L_ssl + λ_clip L_clip

@@ -9,6 +9,7 @@ __all__ = ['TIMEOUT', 'FRESH', 'GIVE_WAY', 'session', 'cores', 'member', 'RankEr
 # %% ../nbs/01b_ranks.ipynb #b390154b
 import os
 import signal
+import sys
 import time
 from contextlib import contextmanager
 from datetime import timedelta
@@ -97,7 +98,11 @@ def _kept():
         if variable is None: del os.environ[FRESH]
         else: os.environ[FRESH] = variable
 
-def _call(fn, args, timeout_s): return member(fn, *args, timeout_s=timeout_s)
+def _call(fn, args, timeout_s):
+    launcher = os.getppid()
+    try: return member(fn, *args, timeout_s=timeout_s)
+    finally:
+        if os.getppid() != launcher: sys.exit("the process that launched this rank is gone")     # torch would wait for ever for it to take the result
 
 def start(fn, *args, nproc:int=1, restarts:int=0, timeout_s:float=TIMEOUT):
     """`fn(*args)` in `nproc` processes that form one group; what rank 0 returned. One process that is not to be restarted is this one.
