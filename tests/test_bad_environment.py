@@ -562,7 +562,7 @@ def test_missing_assets(tmp_path, monkeypatch, what, record):
 
         def absent(*_): raise ImportError("tokenizing captions needs open_clip: pip install open_clip_torch")
         monkeypatch.setattr(vtp.text, "import_open_clip", absent)
-        vtp.text.bpe.cache_clear() if hasattr(vtp.text.bpe, "cache_clear") else None
+        vtp.text._byte_pairs.cache_clear()
     refuses(lambda: launch(wrong, machine=HERE), words, error=(FileNotFoundError, ValueError, ImportError), seconds=10)
     for one in ordered([wrong]): assert not run_of(one).rows() and not run_of(one).checkpoints()
     record(fault=f"missing: {what}", promise="refused before anything is trained, naming the fix", tried=1)

@@ -324,7 +324,7 @@ def test_the_discriminator_sees_clean_reconstructions_as_a_file_holds_them(quant
     torch.manual_seed(0)
     job = stage2(rec=rec(batch=4), adversarial=gan(augment=None, quantised=quantised))
     tokenizer = TOKENIZER.build()
-    tokenizer.perturb = lambda z: z + 1.
+    tokenizer.perturb = lambda z, seed=None: z + 1.
     players = package.Players(package.Decoder(tokenizer), job.adversarial.build(), job.rec.build(tokenizer))
     shown, judge = [], players.discriminator.forward
     players.discriminator.forward = lambda real, fake, *u: shown.append(fake) or judge(real, fake, *u)

@@ -45,6 +45,7 @@ def test_an_error_arrives_and_what_ran_beside_it_is_finished(tmp_path, monkeypat
     good = job((rec(),), steps=4)
     bad = job((clip(batch=15), rec(batch=5)), tokenizer=replace(good.tokenizer, image_size=32), steps=4)       # crops do not fit: without checks, the worker finds it
     monkeypatch.setattr(type(good), "check", lambda self: None)
+    monkeypatch.setattr(type(good), "checkpoint_bytes", lambda self: None)             # it builds the model, too
     with pytest.raises(ValueError, match="must be the tokenizer's image_size, 32"):
         launch(good, bad, evaluation(good), machine=replace(HERE, jobs=2))
     assert run_of(good).done and not run_of(bad).done

@@ -294,9 +294,10 @@ def equal(a, b):
 
 
 def same(alone, shared):
+    "Numbers and weights; gradients at the trunk are not looked at in chunks."
     for row, other in zip(alone[0], shared[0], strict=True):
-        assert row.keys() == other.keys() and all(row["stepped"]) and all(other["stepped"])
-        assert {k: v for k, v in other.items() if k != "stepped"} == pytest.approx({k: v for k, v in row.items() if k != "stepped"}, rel=1e-10)
+        assert row.keys() - other.keys() in (set(), {k for k in row if k.endswith(("_grad", "_cos"))}) and all(row["stepped"]) and all(other["stepped"])
+        assert {k: v for k, v in other.items() if k != "stepped"} == pytest.approx({k: row[k] for k in other if k != "stepped"}, rel=1e-10)
     assert apart(alone[1], shared[1]) < 1e-8
 
 
