@@ -238,6 +238,7 @@ def test_memory_of_the_other_terms(name, least):
     assert peak[None] / peak[4] > least, peak
 
 
+@pytest.mark.slow
 def test_flops_of_the_papers_step():
     "VTP-L at a sixth of its depth, in the proportion 8 : 2 : 1, counted on the meta device: CLIP's cache costs less than 18 %; a sum in chunks (reconstruction) nothing; the student in chunks one forward of it."
     (clip, ssl, rec), whole = VTP.objectives, VTP.tokenizer

@@ -110,7 +110,7 @@ def once(folder, procs):
     return times + 1
 
 
-@pytest.mark.parametrize("procs,begin", [(1, start), (2, ranks)], ids=["spawned", "forked"])
+@pytest.mark.parametrize("procs,begin", [pytest.param(1, start, marks=pytest.mark.slow), (2, ranks)], ids=["spawned", "forked"])
 def test_ranks_are_started_anew(procs, begin, tmp_path):
     assert begin(once, str(tmp_path), procs, nproc=procs, restarts=1) == 2
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {str(n): "xx" for n in range(procs)}
