@@ -93,6 +93,7 @@ def test_the_machine_is_not_part_of_the_digest():
     assert digest(small) == digest(loads(dumps(small))) and "procs" not in dumps(small)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_can_be_gone_through_twice():
     "Losses that compare gradients (VA-VAE's weight, the second stage's) ask a graph for two of them."
     import torch

@@ -261,6 +261,7 @@ tried("peak below a gigabyte", file, b"")
 """
 
 
+@pytest.mark.slow
 def test_bombs_take_no_memory(tmp_path, record):
     "Files that claim, or would expand to, gigabytes, in a process that may have one more than its libraries; the alarm is two minutes."
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", BOMBS, str(tmp_path)], capture_output=True, text=True, timeout=240, env={**os.environ, "PYTHONPATH": str(ROOT)})
