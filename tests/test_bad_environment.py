@@ -21,6 +21,7 @@ from kills import remains
 from test_finetune import stage2
 from tiny import HERE, clip, job, rec
 
+import vtp.finetune_decoder as second_stage
 import vtp.pretrain as package
 from vtp.adopt import adopt
 from vtp.config import differences, dumps
@@ -220,6 +221,18 @@ def test_room_for_checkpoints_is_asked_for_before_the_start(monkeypatch, capsys,
     has_room(small)
     assert capsys.readouterr().out == ""
     record(fault="no room for a checkpoint", promise="refused in the first second", tried=1)
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "finetune", "dit"])
+def test_what_a_checkpoint_takes_is_known_beforehand(world, kind, monkeypatch):
+    "By a process that has counted nothing yet; headers of small tensors and small files are not in it."
+    for counted in (package.cost, second_stage.cost): counted.cache_clear()
+    known = JOBS[kind].checkpoint_bytes()
+    world.straight(kind)
+    monkeypatch.setenv("VTP_RUNS", str(world.folder / "straight"))
+    checkpoint = run_of(JOBS[kind]).checkpoints()[-1]
+    size = sum(t.nbytes for file in checkpoint.path.glob("*.safetensors") for t in checkpoint.tensors(file.stem).values())
+    assert known <= size < known * 1.01 + 1000, (known, size)
 
 
 # ---------------------------------------------------------------- a disk that is read-only

@@ -15,7 +15,7 @@ import pytest
 from kills import Victim, Zygote, kill, unlike
 from test_finetune import stage2
 from test_quarantine import shard
-from tiny import HERE, clip, job, rec, ssl
+from tiny import HERE, clip, job, rec, ssl, wait_for
 
 from vtp.data.pairs import Shards
 from vtp.data.shapes import Shapes
@@ -81,13 +81,6 @@ class World:
         runs = self.folder / f"{self.count}-{kind}"
         for input in ordered([self.jobs[kind]])[:-1]: shutil.copytree(self.victim(input, straight.runs).path, self.victim(input, runs).path)
         return self.victim(self.jobs[kind], runs, **plan)
-
-
-def wait_for(condition, seconds=120):
-    for _ in range(50 * seconds):
-        if condition(): return
-        time.sleep(0.02)
-    raise AssertionError("it did not happen in time")
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,11 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from dataclasses import replace
-from tiny import HERE, clip, job, rec
+from tiny import HERE, clip, job, rec, wait_for
 
 from vtp.evaluation.protocol import Evaluate
 from vtp.evaluation.reconstruction import ReconstructionQuality
@@ -78,11 +77,3 @@ def test_jobs_do_not_outlive_who_launched_them(tmp_path):
     owners = [int((run.path / "lock").read_text().split()[0]) for run in runs]
     wait_for(lambda: not any(Path(f"/proc/{owner}").exists() for owner in owners), 60)
     assert all(run.latest().step > 1 and not run.done for run in runs)      # saved, not lost
-
-
-def wait_for(condition, seconds):
-    for _ in range(10 * seconds):
-        if condition():
-            return
-        time.sleep(0.1)
-    raise AssertionError("it did not happen in time")

@@ -5,13 +5,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import HERE, clip, job, ranks, rec, ssl
+from tiny import HERE, clip, job, ranks, rec, ssl, wait_for
 
 import vtp.job
 from vtp.job import launch, path_of
@@ -76,14 +75,6 @@ def ended(agents, folder, seconds=150):
             except ProcessLookupError:
                 pass
     return codes, "".join((folder / f"node{number}.txt").read_text() for number in range(2))
-
-
-def wait_for(condition, seconds=120):
-    for _ in range(10 * seconds):
-        if condition():
-            return
-        time.sleep(0.1)
-    raise AssertionError("it did not happen in time")
 
 
 def state(run):

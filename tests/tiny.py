@@ -1,15 +1,15 @@
 """The smallest real job with all three objectives: what the tests of the engine train, and ranks that start at once."""
-import json
 import multiprocessing
 import os
 import shutil
 import signal
+import time
 from functools import partial
 from unittest import mock
 
 import vtp.pretrain as package
 import vtp.ranks
-from vtp.checkpoint import hash_file
+from vtp.checkpoint import restate
 from vtp.config import digest
 from vtp.data.augment import CropConfig
 from vtp.data.samples import mix
@@ -113,6 +113,12 @@ def swapped(job, other):
     shutil.rmtree(mine.path / "checkpoints")
     shutil.copytree(run_of(other).path / "checkpoints", mine.path / "checkpoints")
     for checkpoint in mine.checkpoints():
-        state, manifest = checkpoint.path / "state.json", checkpoint.path / "manifest.json"
-        state.write_text(json.dumps(checkpoint.state | {"job": mine.digest}))
-        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"state.json": (state.stat().st_size, hash_file(state))}))
+        restate(checkpoint.path, checkpoint.state | {"job": mine.digest}, checkpoint.manifest)
+
+
+def wait_for(condition, seconds=120):
+    for _ in range(20 * seconds):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it did not happen in time")

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 
-from .checkpoint import Checkpoint, hash_file, sync, write_text
+from .checkpoint import Checkpoint, restate, sync
 from .config import differences, dumps
 from .job import Job, path_of
 from .run import ROWS, Run, advised, writable
@@ -58,9 +58,5 @@ def _linked(old:Checkpoint, new:Run):
         if file.name in ("state.json", "manifest.json"): continue
         try: os.link(file, copy.path / file.name)
         except OSError: sync(shutil.copy(file, copy.path))
-    text = json.dumps(old.state | {"job": new.digest})
-    (copy.path / "state.json").write_text(text)
-    manifest = json.loads((old.path / "manifest.json").read_text()) | {"state.json": (len(text.encode()), hash_file(copy.path / "state.json"))}
-    write_text(copy.path / "manifest.json", json.dumps(manifest))
-    sync(copy.path / "state.json")
+    restate(copy.path, old.state | {"job": new.digest}, old.manifest)
     if damage := copy.damage(): raise OSError(f"the copy of {old} is torn ({damage}): is the disk full, or is {old.path.parent.parent} being written?")

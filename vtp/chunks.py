@@ -6,7 +6,7 @@
 __all__ = ['slices', 'replayed', 'summed']
 
 # %% ../nbs/30a_chunks.ipynb #3b5f1910
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -43,13 +43,15 @@ class _Known(torch.autograd.Function):
 
 def _add(known, found): return [a if b is None else b if a is None else a + b for a, b in zip(known, found)]
 
-def summed(fn:Callable[..., torch.Tensor], count:int, chunk:int|None, inputs:tuple[torch.Tensor, ...], parameters:list[torch.nn.Parameter]) -> tuple[torch.Tensor, torch.Tensor]:
+def summed(fn:Callable[..., torch.Tensor], count:int, chunk:int|None, inputs:tuple[torch.Tensor, ...], parameters:Iterable[torch.nn.Parameter]) -> tuple[torch.Tensor, torch.Tensor]:
     """A loss, a scalar, and numbers to watch (k,) without gradient: the sums over all `count` rows of a batch of the vector (1 + k,) that `fn(rows, *inputs)` makes of some rows.
 
     The gradient of a batch in chunks is worked out at once.
 
     `inputs`: tensors with a history that `fn` reads; `parameters`: what else it depends on. One chunk, no gradient or sharded parameters: computed in the ordinary way, or replayed."""
-    pieces, wanted = slices(count, chunk), [t for t in (*inputs, *parameters) if t.requires_grad]
+    pieces = slices(count, chunk)
+    parameters = list(parameters) if len(pieces) > 1 else []       # a walk through the network, not for nothing in each step
+    wanted = [t for t in (*inputs, *parameters) if t.requires_grad]
     if len(pieces) == 1 or not torch.is_grad_enabled() or any(hasattr(t, "device_mesh") for t in wanted):
         total = replayed(lambda rows: (fn(rows, *inputs)[None],), count, chunk)[0].sum(0)
         return total[0].clone(), total[1:].detach()                          # FSDP warns of outputs that are views

@@ -133,8 +133,8 @@ def loads(text:str):
     return from_dict(parse(text))
 
 def digest(config) -> str:
-    "Ten hexadecimal digits that name the config: equal configs, equal digests, in any process and on any machine."
-    canonical = json.dumps(to_dict(config), sort_keys=True, separators=(",", ":"))
+    "Ten hexadecimal digits that name the config, or what `to_dict` has made of one: equal configs, equal digests, in any process and on any machine."
+    canonical = json.dumps(config if isinstance(config, dict) else to_dict(config), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:10]
 
 # %% ../nbs/00_config.ipynb #ded39914

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARDINGS', 'alone', 'rank', 'world', 'is_main', 'device', 'sum_ranks', 'any_rank', 'gather', 'gather_objects',
-           'barrier', 'is_sharded', 'local', 'span', 'shard', 'gathered', 'wrap', 'unwrap', 'total_norm']
+           'barrier', 'is_sharded', 'local', 'span', 'shard', 'gathered', 'blocks_of', 'wrap', 'unwrap', 'total_norm']
 
 # %% ../nbs/01_dist.ipynb #0a033fe2
 import os
@@ -123,7 +123,7 @@ def gathered(model:torch.nn.Module, make) -> torch.nn.Module:
 # %% ../nbs/01_dist.ipynb #0cd7842e
 SHARDINGS = ("ddp", "fsdp")
 
-def _blocks(model:torch.nn.Module) -> list[torch.nn.Module]:
+def blocks_of(model:torch.nn.Module) -> list[torch.nn.Module]:
     "The transformer blocks in `model`, each once."
     return list(dict.fromkeys(block for module in model.modules() for name in ("blocks", "resblocks") for block in getattr(module, name, ())))
 
@@ -137,7 +137,7 @@ def _fsdp(model:torch.nn.Module) -> torch.nn.Module:
     from torch.distributed.fsdp import fully_shard
     mesh = init_device_mesh(next(model.parameters()).device.type, (world(),))
     numbers = {p for p in model.parameters() if p.ndim == 0}
-    for block in _blocks(model): fully_shard(block, mesh=mesh)
+    for block in blocks_of(model): fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params=numbers)
     for parameter in numbers:
         if parameter.requires_grad: parameter.register_post_accumulate_grad_hook(_average)

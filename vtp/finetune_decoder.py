@@ -131,9 +131,10 @@ class FinetuneDecoder(Job):
         perceptual(self.rec.perceptual)
 
     def checkpoint_bytes(self) -> int:
-        "Of the decoder: weights, their average and two moments."
-        with torch.device("meta"): tokenizer = self.tokenizer.build()
-        return 4 * sum(p.numel() * DTYPES[self.dtype].itemsize for name, p in tokenizer.named_parameters() if name.startswith(tokenizer.decoding))
+        "Of the decoder weights, their average and two moments, of the discriminator weights and two moments."
+        with torch.device("meta"): decoder, discriminator = Decoder(self.tokenizer.build().to(DTYPES[self.dtype])), self.adversarial.build().to(DTYPES[self.dtype])
+        moments = 2 * sum(p.nbytes for module in (decoder, discriminator) for p in module.parameters() if p.requires_grad)
+        return sum(t.nbytes for module in (decoder, decoder, discriminator) for t in module.state_dict().values()) + moments
 
     def load(self, step:int|None=None, where="cpu") -> nn.Module:
         "The model of `of` with the averaged decoder in the place of its own. Raises ValueError if that decoder was tuned for another encoder."

@@ -16,13 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .checkpoint import Checkpoint, is_shared
 from .data.batch_sampling import loader
 from .data.samples import Bad, mix, summary
-from .dist import any_rank, device, gather_objects, is_main, is_sharded, rank, sum_ranks, unwrap, world
+from .dist import any_rank, device, gather_objects, is_main, rank, sum_ranks, unwrap, world
 from .job import Job, progress
 from .monitors import Watch
 from .optim import load_optim, moments_like, optim_tensors
-from .run import Checkpoint, Run
+from .run import Run
 
 # %% ../nbs/50a_loop.ipynb #5602e02d
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}   # of weights and images; bf16 is autocast over fp32 weights
@@ -114,7 +115,7 @@ class State(NamedTuple):
 def save(run:Run, job:Job, state:State, done:int):
     "Write a checkpoint: from rank 0 if ranks hold the same state, from all if they share it."
     groups = {name: unwrap(module).state_dict() for name, module in state.modules.items()} | {name: optim_tensors(opt) for name, opt in state.opts.items()}
-    if is_main() or any(is_sharded(tensor) for tensors in groups.values() for tensor in tensors.values()): run.save(done, groups, {"ledger": state.ledger.state, "data": state.ledger.reader.digest}, keep=job.keep)
+    if is_main() or is_shared(groups): run.save(done, groups, {"ledger": state.ledger.state, "data": state.ledger.reader.digest}, keep=job.keep)
 
 def resume(run:Run, state:State) -> int:
     """Continue from the newest whole checkpoint, which rank 0 finds and verifies for all: how many steps are done.

@@ -94,7 +94,7 @@ def _generation(e:GenerationQuality, job:TrainDiT, notes) -> float:
     calls = EVALUATIONS if c.method == "dopri5" else (c.steps - 1) * (2 if c.method == "heun" else 1)
     with alone(), torch.device("meta"), torch.random.fork_rng(): dit, z = DiT(job.dit), torch.empty(1, job.dit.channels, job.dit.grid, job.dit.grid)
     with alone(), torch.no_grad(): velocity = count(lambda: dit(z, torch.empty(1, device="meta"), torch.empty(1, dtype=torch.int64, device="meta"))).total
-    decoded = _forward((e.decoder.job if e.decoder else job.latents.of.job).tokenizer, z.shape[-1] and tokenizer_of(job).image_size)["decode"]
+    decoded = _forward((e.decoder.job if e.decoder else job.latents.of.job).tokenizer, tokenizer_of(job).image_size)["decode"]
     return e.samples * (calls * velocity * (1 if c.guidance == 1 else 1 + c.interval[1] - c.interval[0]) + decoded)
 
 def evaluations(job:Evaluate) -> tuple[dict[str, float], list[str]]:
@@ -171,7 +171,7 @@ def _kinds(job:Job, machine:Machine, devices:int, tokens:int|None) -> tuple[floa
         with alone(), torch.no_grad(): each = count(lambda: seen.patches(torch.empty(1, 3, seen.image_size, seen.image_size, device="meta"))).total
         return float(_images(job.data, job.samples, notes) * each), {}, 0., notes
     step = rehearsal(job, machine, devices, tokens)
-    disk = (len({*job.keep} - {job.steps}) + 3) * step.checkpoint
+    disk = (len({*job.keep} - {job.steps}) + 3) * job.checkpoint_bytes()
     if isinstance(job, Pretrain): return step.flops * devices * job.steps, apart(alike(job), tokens), disk, [f"captions fill {tokens} tokens"] if tokens else []
     if isinstance(job, TrainDiT): return step.flops * devices * job.steps, {}, disk, []
     plain = finetune_cost(job)

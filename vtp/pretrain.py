@@ -88,7 +88,8 @@ class Pretrain(Job):
 
     def checkpoint_bytes(self) -> int:
         "The model's state and two moments of every parameter that trains."
-        with torch.device("meta"): model = freeze_unused(self.build("meta"), self)
+        with torch.device("meta"): model = self.build("meta")
+        freeze_unused(model, self)                                  # it counts a step, whose captions need values
         return sum(tensor.nbytes for tensor in model.state_dict().values()) + 2 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
 
     def check(self):

@@ -19,7 +19,7 @@ from torch import nn
 
 from .data.batch_sampling import hands
 from .data.samples import Pair
-from .dist import alone
+from .dist import alone, blocks_of
 from .finetune_decoder import Decoder, FinetuneDecoder, Players, finetune_step
 from .generation.train import TrainDiT
 from .generation.train import train_step as dit_step
@@ -104,7 +104,6 @@ class Step(NamedTuple):
     batch: float
     root: float                 # parameters outside of blocks
     block: float                # of the largest block
-    checkpoint: float           # on disk, at least
 
 def shares(job:Job, devices:int) -> dict[str, int]:
     "Images that each objective has on one of `devices`. Raises ValueError if they can't be shared evenly."
@@ -120,9 +119,7 @@ def alike(job:Job) -> Job: return replace(job, seed=0, keep=())
 def _rehearsed(job:Job, checkpointing:bool, chunk:int|None, share:tuple[tuple[str, int], ...], tokens:int|None, number:int) -> Step:
     with alone(), torch.random.fork_rng(), torch.device("meta"): parts = parts_of(job)
     for part in parts: prepare(part, Machine(checkpointing=checkpointing, chunk=chunk))
-    saved = size_of([*parts[0].state_dict().values()]) if not isinstance(job, FinetuneDecoder) else size_of(Decoder(parts[0]).state_dict().values()) * 2 + size_of(parts[2].state_dict().values())
-    blocks = dict.fromkeys(b for m in parts[0].modules() for name in ("blocks", "resblocks") for b in getattr(m, name, ()))
-    sizes = [size_of(b.parameters()) for b in blocks] or [0]
+    sizes = [size_of(block.parameters()) for block in blocks_of(parts[0])] or [0]
     views = views_of(job, dict(share), tokens)
     with alone(), torch.random.fork_rng(), imagined():
         for part in parts: emptied(part)
@@ -131,7 +128,7 @@ def _rehearsed(job:Job, checkpointing:bool, chunk:int|None, share:tuple[tuple[st
         trained = size_of(p for opt in trial.opts for p in opt.state)
         held, batch = size_of(trial.held), size_of(trial.batch)
         buffers = size_of(b for part in parts for b in part.buffers())
-    return Step(seen.flops, seen.peak, seen.gradients, trained, held - trained - buffers, buffers, seen.moments, batch, size_of(parts[0].parameters()) - sum(sizes), max(sizes), saved * (2 if isinstance(job, TrainDiT) else 1) + seen.moments)
+    return Step(seen.flops, seen.peak, seen.gradients, trained, held - trained - buffers, buffers, seen.moments, batch, size_of(parts[0].parameters()) - sum(sizes), max(sizes))
 
 def rehearsal(job:Job, machine:Machine=Machine(), devices:int=1, tokens:int|None=None, number:int=0) -> Step:
     "Step `number` of a training on one of `devices`. Raises ValueError for a job that is no training, or devices that can't share its batch."

@@ -98,8 +98,8 @@ class Pass(NamedTuple):
     broken:list[str]
     parameters:int
 
-def _each(model:Overall, views:dict, seed:int, dtype:str) -> tuple[dict[str, float], list[str], int]:
-    "{objective: norm of its gradient}, and the parameters for which that of some objective is not finite, of how many."
+def _each(model:Overall, views:dict, seed:int, dtype:str) -> tuple[dict[str, float], list[str]]:
+    "{objective: norm of its gradient}, and the parameters for which that of some objective is not finite."
     named, norms, broken = {name: p for name, p in model.named_parameters() if p.requires_grad}, {}, {}
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"): losses = model(views, seed)
     for objective, loss in losses.items():
@@ -107,7 +107,7 @@ def _each(model:Overall, views:dict, seed:int, dtype:str) -> tuple[dict[str, flo
         found = {name: g.double() for name, g in found.items() if g is not None}
         norms[objective] = float(nn.utils.get_total_norm(list(found.values())))
         broken |= {name: None for name, g in found.items() if not g.isfinite().all()}
-    return norms, list(broken), len(named)
+    return norms, list(broken)
 
 # %% ../nbs/54_replay.ipynb #de1101e3
 class _Others:
@@ -204,7 +204,7 @@ class _Step:
         if isinstance(model, Overall):
             views = to_device({name: view for name, view in self.batches[self.number].items() if name in model.objectives}, torch.device("cpu"), DTYPES[self.job.dtype])
             seed_step(self.job.seed, self.number)
-            gradients, broken, _ = _each(model, views, int(mix(self.job.seed, self.number)), self.job.dtype)
+            gradients, broken = _each(model, views, int(mix(self.job.seed, self.number)), self.job.dtype)
             _put_back(self.state, self.saved)
         return Pass(self.job.dtype, _numbers(numbers), bool(numbers["stepped"]), gradients, seen.first, seen.largest, list(broken), len(named))
 

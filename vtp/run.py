@@ -8,7 +8,6 @@ __all__ = ['ROWS', 'root', 'resolve', 'runs', 'Run', 'advised', 'writable', 'loc
 # %% ../nbs/02_run.ipynb #c9214818
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -20,7 +19,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from .checkpoint import Checkpoint, of_disk, sync, write_checkpoint, write_text
-from .config import differences, dumps, loads
+from .config import differences, digest, dumps, loads
 from .dist import is_main
 
 # %% ../nbs/02_run.ipynb #eb91707d
@@ -53,9 +52,7 @@ class Run:
     def digest(self) -> str|None:
         "The digest of what `config.json` holds, None without one; equal to the job's for as long as nobody changes the file."
         file = self.path / "config.json"
-        if not file.exists(): return None
-        canonical = json.dumps(json.loads(file.read_text()), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()[:10]
+        return digest(json.loads(file.read_text())) if file.exists() else None
     @property
     def adopted(self) -> dict|None:
         "Where the run began, if that was another run's checkpoint: `run`, `path`, `step`, `differences`, and `before`, where that one had begun."

@@ -20,7 +20,7 @@ from .config import digest, find, from_dict, shown
 from .job import At, Job, ordered, path_of, run_of
 from .run import ROWS, Run, locked, resolve, runs
 from .tokenizers.pretrained import Released
-from .weights import fetched, read_json
+from .weights import fetched, is_hub_id, read_json
 
 # %% ../nbs/52a_training_state.ipynb #e68dc5a7
 def ats(config) -> Iterator[At]:
@@ -122,7 +122,7 @@ def _listed(folder:Path) -> dict:
 
 def _on_the_hub(source) -> bool:
     "Whether `source` is an id `owner/name` of the Hub, and nothing of this machine."
-    return isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "~", "/")) and not resolve(source).exists()
+    return is_hub_id(source) and not resolve(source).exists()
 
 def _check_releases(plain, releases:bool):
     "Raises ValueError for JSON whose config, while it is made or built without data, would look at files of this machine: releases that lie here, without `releases` any, and what measures."

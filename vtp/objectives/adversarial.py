@@ -19,12 +19,12 @@ from einops import rearrange
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from ..config import added, shown
+from ..config import added
 from ..data.samples import mix, uniform
 from ..dist import gather, world
 from ..job import At
 from ..run import resolve
-from ..weights import read_tensors
+from ..weights import check_network, read_tensors
 
 # %% ../../nbs/37_adversarial.ipynb #2030c4f5
 class BatchNorm(nn.Module):
@@ -81,7 +81,7 @@ class DINO:
     taps:tuple[int, ...] = (2, 5, 8, 11)           # blocks, from 0; the last block's output comes before them
 
     def __post_init__(self):
-        if not isinstance(self.model, str) or {":", "/"} & set(self.model): raise ValueError(f"model='{shown(self.model)}' names a place, which timm would read or fetch: give the name of a network, and its file as weights")
+        check_network(self.model, "model")
 
     def check(self, size:int):
         "Raise FileNotFoundError, naming the way out, if the weights aren't there."

@@ -16,7 +16,6 @@ from torch import nn
 
 from ..config import digest
 from ..dist import sum_ranks, world
-from ..drop_path import drop_of
 from ..interfaces import Objective, Tokenizer
 from ..noise import drawn
 from .adversarial import adaptive_weight
@@ -127,7 +126,7 @@ def _latent(self:DistillationLoss, tokenizer:Tokenizer, batch:dict) -> tuple[tor
     "z (B, d, h, w) to decode and compare, and its divergence. batch['seed'], if there, is the step's: a posterior is then sampled for the global batch."
     seed = batch.get("seed")
     if not hasattr(tokenizer, "posterior"):
-        z = batch["z"] if "z" in batch else tokenizer.encode(batch["image"], **({"drop": drop_of(self.config.drop, "rec", len(batch["image"]), seed)} if self.config.drop else {}))
+        z = batch["z"] if "z" in batch else self.rec.latent(tokenizer, batch["image"], seed)
         return _wide(tokenizer.perturb(z, seed) if self.training else z), z.new_zeros(())
     mean, logvar = map(_wide, tokenizer.posterior(batch["image"]))
     return mean + (logvar / 2).exp() * drawn(torch.randn, mean.shape, mean, "posterior", seed) if self.training else mean, divergence(mean, logvar)

@@ -72,7 +72,7 @@ class ReconstructionLoss(Objective):
         def shares(rows, z):
             terms = self.terms(tokenizer.decode(z[rows]).to(image.dtype), image[rows])
             return torch.stack([self.total(terms), *(terms[name] for name in TERMS)]) * (len(image[rows]) / len(image))
-        loss, terms = summed(shares, len(image), self.chunk, (tokenizer.perturb(z, batch.get("seed")) if self.training else z,), list(tokenizer.parameters()))
+        loss, terms = summed(shares, len(image), self.chunk, (tokenizer.perturb(z, batch.get("seed")) if self.training else z,), tokenizer.parameters())
         self.monitor = {**dict(zip(TERMS, terms)), **spread(z)}
         return loss
 

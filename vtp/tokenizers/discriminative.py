@@ -26,7 +26,7 @@ from ..job import Job
 from ..run import resolve
 from ..text import TextConfig, import_open_clip
 from .pretrained import Model, Released
-from ..weights import fill, read_json, read_tensors
+from ..weights import check_network, fill, read_json, read_tensors
 from .representation import Representation, TimmRepresentation
 from ..vit import Tokens
 
@@ -158,7 +158,7 @@ def _check_places(vision:dict, text:dict):
     options, name, trunk = text.get("tokenizer_kwargs") or {}, text.get("hf_tokenizer_name"), vision.get("timm_model_name")
     if not isinstance(options, dict) or options.keys() - _OPTIONS: raise ValueError(f"tokenizer_kwargs may give {', '.join(sorted(_OPTIONS))}, not {shown(options)}")
     if name is not None and (not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII) or resolve(name).exists()): raise ValueError(f"hf_tokenizer_name '{shown(name)}' is no id of the Hub")
-    if trunk is not None and (not isinstance(trunk, str) or {":", "/"} & set(trunk)): raise ValueError(f"timm_model_name '{shown(trunk)}' names a place, not a network")
+    if trunk is not None: check_network(trunk, "timm_model_name")
 
 def _checked(config:dict) -> dict:
     "A copy of a `model_cfg` whose parts are there and have names that open_clip knows."

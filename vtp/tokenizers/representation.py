@@ -14,13 +14,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from ..config import shown
 from ..interfaces import hash_of
 from ..job import At
 from ..run import resolve
 from .vit import MEAN, STD
 from ..vit import Tokens
-from ..weights import Absent, fetched, read_tensors, unpickled
+from ..weights import Absent, check_network, fetched, read_tensors, unpickled
 
 # %% ../../nbs/40a_representation.ipynb #f1073b1f
 RESIZES = "bilinear", "bicubic"
@@ -117,7 +116,7 @@ class TimmRepresentation:
         if self.stride < 1 or self.image_size % self.stride: raise ValueError(f"image_size={self.image_size} must be a multiple of stride={self.stride}: the pixels for each token")
         if self.resize not in RESIZES: raise ValueError(f"resize={self.resize!r} must be one of {', '.join(RESIZES)}")
         if self.pixels not in ("own", "signed"): raise ValueError(f"pixels={self.pixels!r} must be 'own' or 'signed'")
-        if not isinstance(self.model, str) or {":", "/"} & set(self.model): raise ValueError(f"model='{shown(self.model)}' names a place, which timm would read or fetch: give the name of a network, and its file as weights")
+        check_network(self.model, "model")
 
     @property
     def label(self) -> str: return self.model.split(".")[0]
