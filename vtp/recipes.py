@@ -146,8 +146,8 @@ def rebuilt(job, val, scale:str, extractor=None) -> ReconstructionQuality:
     settings = own.rebuilt | ({"extractor": extractor} if extractor else {})
     return ReconstructionQuality(data=val, samples=few(own.val_samples, val), perceptual=distance, **settings)
 
-def measure(job, val, scale:str, extractor=None, train=None) -> Evaluate:
-    """The evaluation of a finished job, or of a release, on `val`: reconstruction; with labels probes at the taps it has and zero-shot; with captions alone retrieval.
+def measure(job, val, scale:str, extractor=None, train=None, step:int|None=None) -> Evaluate:
+    """The evaluation of a finished job, of its checkpoint after `step` steps, or of a release, on `val`: reconstruction; with labels probes at the taps it has and zero-shot; with captions alone retrieval.
 
     What a model lacks is not asked of it: text measures need a contrastive objective, reconstruction a decoder. `train`: images that probes learn from; None: the job's."""
     reader, tokenizer, found = val.open(), blank(job.tokenizer), []
@@ -155,7 +155,7 @@ def measure(job, val, scale:str, extractor=None, train=None) -> Evaluate:
     images, dtype = few(SCALES[scale].val_samples, val), {"dtype": "bf16"} if scale == "paper" else {}
     if reader.labelled: found += _probes(train or images_of(job, scale), val, scale, tokenizer)
     if any(o.name == "clip" for o in job.objectives): found.append((ZeroShot if reader.labelled else Retrieval)(data=val, samples=images, **dtype))
-    return Evaluate(At(job), tuple(found))
+    return Evaluate(At(job, step), tuple(found))
 
 def _probes(train, val, scale:str, tokenizer) -> list:
     "The latent probes and the trunk's, where these are there: DINOv2's full protocol at the paper's scale, a cached small relative elsewhere, and for a trunk that can't see its 224 pixels."
