@@ -3,12 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: help install quickstart test test-slow nbs clean-venv
+.PHONY: help install quickstart test test-slow nbs docs clean-venv
 help:
 	@echo "make quickstart   install, then take three tokenizers from procedural pairs to generated samples (about 7 minutes on 2 cores)"
 	@echo "make test         install, then run every test"
 	@echo "make test-slow    the campaigns: hundreds of kills, bad inputs, full disks, evil files; writes data/reliability.jsonl, which nbs/85_reliability.ipynb shows"
 	@echo "make install      only create .venv and install into it"
+	@echo "make docs         the site: README, every notebook as committed, claims, figures, an index of the package; _docs/index.html"
 	@echo "make nbs          run every notebook in nbs/ in place (outputs kept), clean and export"
 
 # Installed once: the stamp is newer than the files that name the dependencies.
@@ -40,3 +41,8 @@ nbs: $(STAMP)
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_clean --fname experiments
 	$(BIN)/nbdev_export
+
+# Nothing is run: outputs are those that were committed. A link to nowhere is an error.
+docs: $(STAMP)
+	$(BIN)/uv pip install -q --python $(BIN)/python "sphinx>=9,<10" "myst-nb>=1.4,<2" furo latex2mathml
+	$(BIN)/python docs/build.py

@@ -8,8 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from vtp.claims import CLAIMS, COLUMNS, VERDICTS, Claim, Part, answer, judged, ledger, markdown, paper_said, write
+from vtp.claims import CLAIMS, Claim, Part, paper_said
 from vtp.laws import t_quantile
+from vtp.ledger import COLUMNS, VERDICTS, answer, judged, ledger, markdown, write
 from vtp.paper import load
 from vtp.reports import keep, read, reports
 from vtp.scaling import ONE_SEED, decided, gain
@@ -243,13 +244,13 @@ def test_markdown_and_file():
 
 def test_command_line(tmp_path):
     keep("scale_data", "demo", *world(1)["scale_data"].values())
-    done = subprocess.run([sys.executable, "-m", "vtp.claims"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-m", "vtp.ledger"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "| 7 | VTP gains from more data" in done.stdout and (reports().parent / "claims.csv").read_text() == ledger().to_csv(index=False, lineterminator="\n")
 
 
 def test_the_ledger_in_the_repository_is_that_of_its_reports():
-    assert (ROOT / "data" / "claims.csv").read_text() == ledger(read(ROOT / "data" / "reports")).to_csv(index=False, lineterminator="\n"), "run `python -m vtp.claims`"
+    assert (ROOT / "data" / "claims.csv").read_text() == ledger(read(ROOT / "data" / "reports")).to_csv(index=False, lineterminator="\n"), "run `python -m vtp.ledger`"
 
 
 def test_an_experiment_answers_before_another():

@@ -5,13 +5,14 @@ import pytest
 from official_cases import CHANGES, write
 from tiny import HERE
 
-from vtp.comparisons import models, systems
+from vtp.chains import MARKS, with_data, with_latent
+from vtp.comparisons import autoencoders, models, systems
 from vtp.config import digest, dumps, loads
 from vtp.data.shapes import Shapes
 from vtp.evaluation.reconstruction import ReconstructionQuality
 from vtp.generation.latents import CacheLatents
 from vtp.job import At, launch
-from vtp.recipes import SCALES, measure, sources
+from vtp.recipes import AE, SCALES, VTP, at, measure, sources
 from vtp.results import collect, overview
 
 PINNED = {
@@ -27,6 +28,21 @@ def test_digests(scale):
     found = systems(scale, SCALES[scale].pairs)
     assert {name: digest(found[name]) for name in PINNED[scale]} == PINNED[scale], "a comparison system has changed: its runs are not found any more"
     assert all(loads(dumps(job)) == job for job in found.values())
+
+
+@pytest.mark.parametrize("scale", PINNED)
+def test_our_own_are_the_runs_of_every_experiment(scale):
+    "AE and VTP keep the scale's checkpoints, whole data and the scale's latent leave them as they are, and nobody else keeps any."
+    found = systems(scale, SCALES[scale].pairs, seed=2)
+    for name, recipe in (("AE", AE), ("VTP", VTP)):
+        own = found[name]
+        assert replace(own, keep=()) == replace(at(recipe, scale), seed=2)
+        assert [step / own.steps for step in (*own.keep, own.steps)] == pytest.approx(MARKS[scale], abs=1 / own.steps)
+        assert with_latent(own, own.tokenizer.latent) == own
+    assert found["AE-small"].keep == found["AE"].keep and found["AE-small"].tokenizer.latent * 2 == found["AE"].tokenizer.latent
+    assert not any(getattr(found[name], "keep", ()) for name in PINNED[scale])
+    assert autoencoders(found["AE"], scale)["CNN"] == found["CNN"], "Table 1's CNN is another run than Table 2's"
+    if scale != "paper": assert with_data(found["VTP"], found["VTP"].pairs.count) == found["VTP"]
 
 
 def test_what_a_release_lacks_is_not_asked_of_it(tmp_path):

@@ -3,6 +3,7 @@ import ast
 import fcntl
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -54,7 +55,15 @@ def one_place(tmp_path_factory, monkeypatch):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
 def test_experiments(path, tmp_path, one_place):
-    papermill.execute_notebook(path, tmp_path / path.name, dict(scale="smoke"), kernel_name="python3", cwd=tmp_path, progress_bar=False)
+    execute = partial(papermill.execute_notebook, path, tmp_path / path.name, dict(scale="smoke"), kernel_name="python3", cwd=tmp_path, progress_bar=False)
+    execute()
+    if path.stem != "reconstruction_weight": return
+    runs = Path(os.environ["VTP_RUNS"])
+    report = runs.parent / "reports" / "smoke" / f"{path.stem}.csv"
+    started, kept = {file: file.stat().st_mtime_ns for file in runs.glob("*/launch.json")}, report.read_bytes()      # launch.json is written whenever a job starts
+    execute()
+    assert started and started == {file: file.stat().st_mtime_ns for file in runs.glob("*/launch.json")}, "executing an experiment again is plotting: nothing may start"
+    assert kept == report.read_bytes()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from vtp.laws import Curve, choose, curve_of, estimate, exceeds, fit, redrawn, t_quantile
-from vtp.scaling import equal_compute, equal_reconstruction, for_flops, saturation, speedup, tail_slope
+from vtp.scaling import attempt, equal_compute, equal_reconstruction, for_flops, law, saturation, speedup, tail_slope
 
 X = np.geomspace(1e9, 1e11, 9)
 
@@ -125,8 +125,33 @@ def test_saturation_of_both_signs():
     for ours, theirs in ((flat, falls), (rises, falls), (falls, falls), (flat, rises)): assert not saturation(ours, theirs).holds
     assert saturation(rises, flat, lower=False).holds and not saturation(falls, flat, lower=False).holds
     assert "is seen" in str(saturation(falls, flat)) and "not seen" in str(saturation(flat, falls))
+    assert "falls still improves (" in str(saturation(falls, rises)) and "; rises gets worse (" in str(saturation(falls, rises)) and "rises still improves (" in str(saturation(rises, rises, lower=False))
+    assert "level does not change beyond its interval (" in str(saturation(falls, Curve("level", X, np.full(9, 55.), sigma=.01)))
     assert np.isclose(tail_slope(falls).value, np.polyfit(np.log(X[4:]), np.log(falls.y[0, 4:]), 1)[0])
     assert np.isclose(tail_slope(falls, part=1).value, np.polyfit(np.log(X), np.log(falls.y[0]), 1)[0])
+
+
+def test_a_short_curve_is_taken_from_its_third_last_point():
+    "Half of the axis where it holds three points; else as much as does; a part that is asked for is kept to."
+    place = X[0] * np.array([1, 2, 4, 100.])
+    short = Curve("short", place, [9, 8, 7, 3.], sigma=.01)
+    assert np.isclose(tail_slope(short).value, np.polyfit(np.log(place[1:]), np.log([8, 7, 3.]), 1)[0])
+    with pytest.raises(ValueError, match="1 points lie in the last 0.5 .* take a larger part"): tail_slope(short, .5)
+    even = Curve("even", X, 9e3 * X ** -.3, sigma=.01)
+    assert tail_slope(even) == tail_slope(even, .5) != tail_slope(even, 1.)
+    with pytest.raises(ValueError, match="needs 3; measure more"): tail_slope(Curve("two", X[:2], [2, 1.], sigma=.01))
+    assert saturation(short, Curve("flat", place, [5, 5, 5, 5.], sigma=.001)).holds
+
+
+def test_the_law_in_words():
+    noise = np.exp(.01 * np.random.default_rng(2).standard_normal(9))
+    for text, y in {"c": np.full(9, 50.), "a·x^(−b)": 9e3 * X ** -.3, "a·x^(−b) + c": 3e6 * X ** -.6 + 12}.items():
+        found = law(Curve("y", X, y * noise), draws=50)
+        assert found.startswith(f"y needs y = {text} (") and found.count("95 %") == sum(name in text for name in "abc")
+    with pytest.raises(ValueError, match="5 points can't tell 3 laws apart: that needs 6"): law(Curve("five", X[:5], X[:5], sigma=.1))
+    assert np.isfinite(choose(Curve("six", X[:6], (3e6 * X ** -.6 + 12)[:6])).aicc).all() and not np.isfinite(choose(Curve("five", X[:5], (3e6 * X ** -.6 + 12)[:5])).aicc).all()
+    assert attempt(equal_compute, *[Curve("a", X, X, sigma=.1)] * 2, 1e3) == "not defined: a was measured from 1e+09 to 1e+11; nothing is said about 1e+03"
+    with pytest.raises(TypeError): attempt(law)
 
 
 def test_equal_compute_of_both_signs():

@@ -10,7 +10,7 @@ __all__ = ['RIVALS', 'RELEASES', 'Rivals', 'cnn', 'symmetric', 'autoencoders', '
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .chains import finetune, with_latent
+from .chains import along, finetune, with_latent
 from .data.imagenet import Pictures
 from .data.pairs import Shards
 from .finetune_decoder import FinetuneDecoder
@@ -74,12 +74,16 @@ def _images(job:Pretrain, scale:str):
 
 def cnn(job:Pretrain, scale:str) -> Pretrain:
     "Table 1's CNN in the place of the ViT of an autoencoder `job`."
-    return replace(job, tokenizer=RIVALS[scale].cnn, pairs=_images(job, scale))
+    return replace(job, tokenizer=RIVALS[scale].cnn, pairs=_images(job, scale), keep=())
 
 def symmetric(job:Pretrain, name:str, scale:str) -> Pretrain:
     "Table 1's ViT-`name` at the paper's scale: encoder and decoder of one size. Raises ValueError at scales that have no such size."
     if scale != "paper": raise ValueError(f"scale {scale}: ViT-{name} with a decoder of its size is Table 1's, at the paper's scale")
-    return replace(job, tokenizer=replace(job.tokenizer, trunk=size(name), decoder=size(name, norm="layernorm")), pairs=_images(job, scale))
+    return replace(_mirrored(job, name), pairs=_images(job, scale), keep=())
+
+def _mirrored(job:Pretrain, name:str) -> Pretrain:
+    "The job with encoder and decoder of the paper's size `name`."
+    return replace(job, tokenizer=replace(job.tokenizer, trunk=size(name), decoder=size(name, norm="layernorm")))
 
 def autoencoders(job:Pretrain, scale:str) -> dict[str, Pretrain]:
     "{name: job} of Table 1 from the autoencoder `job`: CNN, ViT-B and ViT-L at the paper's scale, elsewhere the CNN and the scale's ViT."
@@ -110,10 +114,10 @@ RELEASES = {     # rows of Table 2 → where their authors put them
     "SD-VAE": SDVAE(), "VA-VAE-d32": VAVAE(), "RAE-d768": RAERelease(), "UniTok": UniTokRelease(), "VILA-U": VILAURelease(), **{name: job for name, (job, _) in DISCRIMINATIVE.items()}}
 
 def systems(scale:str, pairs, seed:int=0) -> dict[str, Job]:
-    "{name: job} of AE, AE-small, VTP, CNN, VA-VAE and RAE at a scale, on the same pairs."
-    ours = {name: replace(at(job, scale), pairs=pairs, seed=seed) for name, job in (("AE", AE), ("VTP", VTP))}
-    base = ours["AE"]
-    return {"AE": base, "AE-small": with_latent(base, base.tokenizer.latent // 2), "VTP": ours["VTP"], "CNN": cnn(base, scale), "VA-VAE": vavae(base, scale), "RAE": rae(base, scale)}
+    "{name: job} of AE, AE-small, VTP, CNN, VA-VAE and RAE at a scale, on the same pairs; at the paper's scale of VTP-S, VTP-B and VTP-L as well."
+    base, ours = (along(replace(at(job, scale), pairs=pairs, seed=seed), scale) for job in (AE, VTP))
+    sizes = {f"VTP-{name}": _mirrored(ours, name) for name in "SBL"} if scale == "paper" else {}
+    return {"AE": base, "AE-small": with_latent(base, base.tokenizer.latent // 2), "VTP": ours, **sizes, "CNN": cnn(base, scale), "VA-VAE": vavae(base, scale), "RAE": rae(base, scale)}
 
 def models(names, scale:str, pairs, seed:int=0) -> dict[str, Job]:
     """{label: job} for names of `systems`, each with the second stage of its decoder, and releases: names of `RELEASES`, `NAME=folder or id` for another copy of one, folders written by `save_pretrained`, ids on the Hub.

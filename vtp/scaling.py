@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REBUILT', 'MADE', 'ONE_SEED', 'EXACT', 'tail_slope', 'Saturation', 'saturation', 'for_flops', 'equal_compute',
-           'speedup', 'equal_reconstruction', 'Missing', 'decided', 'is_ratio', 'gain']
+           'speedup', 'equal_reconstruction', 'law', 'attempt', 'Missing', 'decided', 'is_ratio', 'gain']
 
 # %% ../nbs/84_scaling.ipynb #2d3b1a3c
 import math
@@ -15,14 +15,15 @@ import pandas as pd
 
 from .evaluation.protocol import LOWER_IS_BETTER
 from .job import Job
-from .laws import Curve, Estimate, curve_of, estimate, redrawn, t_quantile
+from .laws import PARAMETERS, Curve, Estimate, choose, curve_of, estimate, fit, redrawn, t_quantile
 
 # %% ../nbs/84_scaling.ipynb #ffd2b9ac
-def _tail(curve:Curve, part:float) -> np.ndarray:
+def _tail(curve:Curve, part:float|None) -> np.ndarray:
     "Weights (n,) that make the slope of log y over log x in the last `part` of the axis."
     u = np.log(curve.x)
-    inside = u >= u[-1] - part * (u[-1] - u[0]) - 1e-9
-    if inside.sum() < 3: raise ValueError(f"{curve.name}: {inside.sum()} points lie in the last {part:g} of the axis: a slope with an interval needs 3; take a larger part")
+    start = u[-1] - (.5 if part is None else part) * (u[-1] - u[0]) - 1e-9
+    inside = u >= (min(start, *u[-3:]) if part is None else start)
+    if inside.sum() < 3: raise ValueError(f"{curve.name}: {inside.sum()} points lie in the last {'part' if part is None else f'{part:g}'} of the axis: a slope with an interval needs 3; {'measure more' if part is None else 'take a larger part'}")
     away = np.where(inside, u - u[inside].mean(), 0)
     return away / (away ** 2).sum()
 
@@ -32,8 +33,8 @@ def _slope(curve, part, draws, seed, stream=0) -> tuple[Estimate, np.ndarray]:
     drawn, method = redrawn(curve, draws, seed, stream)
     return estimate(curve.logs @ weights, drawn @ weights, null=0, method=method, seeds=len(curve.y), seed=seed), drawn @ weights
 
-def tail_slope(curve:Curve, part:float=.5, draws:int=4000, seed:int=0) -> Estimate:
-    "d log y / d log x over the last `part` of the logarithmic x axis; p: of no slope. Raises ValueError with fewer than 3 points there."
+def tail_slope(curve:Curve, part:float|None=None, draws:int=4000, seed:int=0) -> Estimate:
+    "d log y / d log x over the last `part` of the logarithmic x axis (None: half of it, or as much as holds 3 points); p: of no slope. Raises ValueError with fewer than 3 points there."
     return _slope(curve, part, draws, seed)[0]
 
 @dataclass(frozen=True)
@@ -53,11 +54,12 @@ class Saturation:
         return self.improves(self.ours) and not self.improves(self.theirs) and self.improves(self.difference)
 
     def __str__(self) -> str:
-        said = [f"{name} {'still improves' if self.improves(slope) else 'does not improve beyond its interval'} (slope {slope})" for name, slope in zip(self.names, (self.ours, self.theirs))]
+        def moves(slope): return "still improves" if self.improves(slope) else "gets worse" if slope.low > 0 or slope.high < 0 else "does not change beyond its interval"
+        said = [f"{name} {moves(slope)} (slope {slope})" for name, slope in zip(self.names, (self.ours, self.theirs))]
         return f"At the end of the axis {'; '.join(said)}. The slopes differ by {self.difference}: that {self.names[0]} scales and {self.names[1]} does not is {'seen' if self.holds else 'not seen'}."
 
-def saturation(ours:Curve, theirs:Curve, part:float=.5, lower:bool=True, draws:int=4000, seed:int=0) -> Saturation:
-    "The primary statistic of whether ours still improves where theirs does not. Raises ValueError with fewer than 3 points of either in the last `part`."
+def saturation(ours:Curve, theirs:Curve, part:float|None=None, lower:bool=True, draws:int=4000, seed:int=0) -> Saturation:
+    "The primary statistic of whether ours still improves where theirs does not. `part` as in `tail_slope`. Raises ValueError with fewer than 3 points of either in the last `part`."
     slopes, drawn = zip(*(_slope(curve, part, draws, seed, stream) for stream, curve in enumerate((ours, theirs))))
     difference = estimate(slopes[0].value - slopes[1].value, drawn[0] - drawn[1], null=0, method=slopes[0].method, seeds=min(s.seeds for s in slopes), seed=seed)
     return Saturation(*slopes, difference, (ours.name, theirs.name), lower)
@@ -145,6 +147,22 @@ def equal_reconstruction(rows:pd.DataFrame, ours:str, controls:tuple[str, ...], 
     why = "" if math.isfinite(value) else f"{ours} reconstructs at {own:.3g}, the controls from {min(others):.3g} to {max(others):.3g}"
     with np.errstate(over="ignore"): bounds = [np.exp(np.where(np.isnan(ratios), edge, ratios)) for edge in (-np.inf, np.inf)]
     return estimate(math.exp(value), bounds[0], null=1, upper=bounds[1], method=method, seeds=len(logs), seed=seed, why=why)
+
+# %% ../nbs/84_scaling.ipynb #c3c2874f
+def law(curve:Curve, draws:int=1000, seed:int=0) -> str:
+    "Which law of `choose` the curve needs, by AICc, and its parameters with their intervals. Raises ValueError for fewer than 6 points, which can't tell the laws apart."
+    needed = max(PARAMETERS.values()) + 3                       # one more parameter for the noise, and n - k - 1 > 0
+    if len(curve.x) < needed: raise ValueError(f"{curve.name}: {len(curve.x)} points can't tell {len(PARAMETERS)} laws apart: that needs {needed}")
+    table = choose(curve)
+    best = table.aicc.idxmin()
+    found, (second, gap) = fit(curve, best, draws=draws, seed=seed), min(((kind, aicc - table.aicc[best]) for kind, aicc in table.aicc.items() if kind != best), key=lambda pair: pair[1])
+    text = {"constant": "c", "power": "a·x^(−b)", "saturating": "a·x^(−b) + c"}[best]
+    return f"{curve.name} needs y = {text} (the {second} law has an AICc {gap:.3g} higher): {', '.join(f'{name} = {value}' for name, value in found.interval.items())}{'; at a bound of its parameters' if found.edge else ''}"
+
+def attempt(statistic, *of, **settings):
+    "What a statistic finds, or why it is not defined, as text."
+    try: return statistic(*of, **settings)
+    except ValueError as error: return f"not defined: {error}"
 
 # %% ../nbs/84_scaling.ipynb #90dcf338
 class Missing(ValueError):
