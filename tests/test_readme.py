@@ -14,6 +14,13 @@ PYTHON = "\n".join(text for language, text in BLOCKS if language == "python")
 SHELL = [line for language, text in BLOCKS if language in ("sh", "bash") for line in text.replace("\\\n", " ").splitlines() if line.strip() and not line.startswith("#")]
 
 
+def test_the_head_of_the_ledger_is_the_ledger_s():
+    from vtp.ledger import ledger, summary
+    from vtp.reports import read
+
+    assert summary(ledger(read(ROOT / "data" / "reports"))) in (ROOT / "README.md").read_text(), "put the first table that `python -m vtp.ledger` prints into README.md"
+
+
 def test_readme_has_both_kinds():
     assert PYTHON and SHELL
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERDICTS', 'RELATIVES', 'MARGINS', 'COLUMNS', 'Found', 'judged', 'answer', 'ledger', 'markdown', 'write', 'verdicts',
-           'main']
+           'summary', 'main']
 
 # %% ../nbs/84b_ledger.ipynb #0e9302aa
 import math
@@ -229,9 +229,17 @@ def _about(rows:pd.DataFrame) -> str:
     return " ".join(said)
 
 # %% ../nbs/84b_ledger.ipynb #af23317b
+def summary(table:pd.DataFrame) -> str:
+    "The ledger's head for a page: of each claim the verdict at every scale that tried it."
+    lines = ["| # | claim | verdict |", "| --- | --- | --- |"]
+    for number, rows in table.groupby("number", sort=False):
+        tried = [f"**{row.verdict}** ({row.scale}{' ' * bool(row.data)}{row.data}{f', seeds {row.seeds}' if ',' in row.seeds else ', one seed'})" for _, row in rows.iterrows() if row.verdict != "not attempted"]
+        lines.append(f"| {number} | {rows.claim.iloc[0]} ({rows['item'].iloc[0]}) | {'; '.join(tried) or 'not attempted'} |")
+    return "\n".join(lines)
+
 def main():
-    "`python -m vtp.ledger`: the ledger as a file, and as markdown on the screen."
+    "`python -m vtp.ledger`: the ledger as a file, and on the screen its head for the README and the whole as markdown."
     write()
-    print(markdown(ledger()))
+    print(summary(ledger()), markdown(ledger()), sep="\n\n")
 
 if __name__ == "__main__" and not hasattr(sys, "ps1") and "ipykernel" not in sys.modules: main()

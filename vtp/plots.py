@@ -178,7 +178,7 @@ def beside(ours, theirs, x:str, hue:str="series", *, title:str, scale:str, hardw
     import matplotlib.pyplot as plt
     import seaborn as sns
     _columns(ours, x, hue, "value")
-    if len(theirs): theirs = theirs.rename(columns={"series": hue, "y": "value", "x": x} if hue != "series" else {"y": "value", "x": x})
+    if len(theirs): theirs = theirs.drop(columns=[c for c in {x, hue} - {"x", "series"} if c in theirs]).rename(columns={"series": hue, "y": "value", "x": x})
     for rows in (ours, theirs) if len(theirs) else (ours,):
         _loggable(rows, log, x=x, y="value")
         if rows[x].isna().any(): raise ValueError(f"{', '.join(map(str, rows[rows[x].isna()][hue].unique()))} has rows without {x}: select those that lie on the axis")
@@ -195,7 +195,7 @@ def beside(ours, theirs, x:str, hue:str="series", *, title:str, scale:str, hardw
 
 def _where(theirs) -> list[str]:
     "(Fig. 1c): where the paper's points stand, without how they were read."
-    return [f"({', '.join(dict.fromkeys(re.sub(', (label|read off.*)$', '', source) for source in theirs.source))})"] if "source" in theirs else []
+    return [f"({', '.join(dict.fromkeys(re.sub(', (label|read off.*|end point.*)$', '', source) for source in theirs.source))})"] if "source" in theirs else []
 
 # %% ../nbs/83_plots.ipynb #6f33ba4c
 def scatter(data, x:str, y:str, hue:str, *, title:str, scale:str, hardware:str, compute:str|None=None, size=(3.6, 2.8), ax=None):
