@@ -22,6 +22,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if "record" in getattr(item, "fixturenames", ()): item.add_marker("records")
+    items.sort(key=lambda item: "one_place" not in getattr(item, "fixturenames", ()))      # experiments take turns: begun first, they keep nobody waiting at the end
     if config.getoption("--slow"): return
     for item in items:
         if "slow" in item.keywords: item.add_marker(pytest.mark.skip(reason="a campaign: run it with make test-slow"))

@@ -80,15 +80,15 @@ def test_a_series_has_one_look_on_both_sides_and_in_every_figure(series):
     for column in range(3): assert len({look[column] for look in looks.values()}) == len(looks)
 
 
-def test_eight_series_are_told_apart_without_colour():
-    names = [*SYSTEMS[:5], "AE-small", "AE-d8", "another"]
+def test_ten_series_are_told_apart_without_colour():
+    names = [*SYSTEMS[:5], "AE-small", "AE-d8", "another", "VTP-S", "VTP-B"]
     looks = lines(beside(rows(series=names), theirs()[:0], "flops", **SAID).axes[0])
-    assert len({look[0] for look in looks.values()}) == len({look[1] for look in looks.values()}) == 8 == len(set(MARKERS)) == len(set(DASHES)) == len(set(HATCHES))
+    assert len({look[0] for look in looks.values()}) == len({look[1] for look in looks.values()}) == len(MARKERS) == len(set(MARKERS)) == len(set(DASHES)) == len(set(HATCHES))
     bar = bars(rows(1, names)[::3].assign(place="end"), "place", "value", "series", **SAID)
-    assert len({patch.get_hatch() for patch in bar.patches}) == 8
+    assert len({patch.get_hatch() for patch in bar.patches}) == 10
     points = scatter(rows(1, names), "flops", "value", "series", **SAID)
-    assert len({c.get_paths()[0].vertices.tobytes() for c in points.collections}) == 8
-    with pytest.raises(ValueError, match="at most 8"): beside(rows(series=[*names, "ninth"]), theirs()[:0], "flops", **SAID)
+    assert len({c.get_paths()[0].vertices.tobytes() for c in points.collections}) == 10
+    with pytest.raises(ValueError, match="at most 10"): beside(rows(series=[*names, "ninth"]), theirs()[:0], "flops", **SAID)
 
 
 def test_titles_say_scale_and_hardware_and_the_papers_axis_is_its_own():

@@ -20,9 +20,9 @@ from einops import rearrange
 from .laws import t_quantile
 
 # %% ../nbs/83_plots.ipynb #6a4313bf
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)), (0, (6, 2, 1, 2)))
-HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++", "ooo", "**")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)), (0, (6, 2, 1, 2)), (0, (8, 3)), (0, (2, 1)))
+HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++", "ooo", "**", "--", "||")
 SYSTEMS = ("VTP", "AE", "CLIP+AE", "SSL+AE", "CNN", "ViT", "VA-VAE", "RAE")      # each in its own place
 
 @contextmanager
