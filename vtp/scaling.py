@@ -182,6 +182,12 @@ def is_ratio(metric:str) -> bool:
     "Whether gains of a metric are ratios: of distances, shifts and costs, where less is better."
     return metric.startswith((*LOWER_IS_BETTER, *EXACT))
 
+def _noise(tables:list[pd.DataFrame], ratio:bool) -> float:
+    "Half of the interval that a sum over tables, averaged over their rows (one for each seed), has from the numbers' own; NaN where one has none."
+    numbers = pd.concat([table.reindex(columns=["value", "low", "high"]).astype(float) for table in tables])
+    widths = (numbers.high - numbers.low) / (numbers.value if ratio else 1)
+    return math.sqrt((widths ** 2).sum(skipna=False)) / 2 / len(tables[0])
+
 def gain(points:list[tuple[int, pd.DataFrame]], metric:str) -> tuple[float, float, float, tuple, str]:
     """(value, low, high, seeds, what the interval is over) of Σ sign · value, turned so that more is better; of distances the logarithm.
 
@@ -192,10 +198,10 @@ def gain(points:list[tuple[int, pd.DataFrame]], metric:str) -> tuple[float, floa
         tables.append((sign, rows.assign(train_seed=rows.train_seed.fillna(-1).astype(int)).set_index("train_seed")))
     seeds = sorted(set.intersection(*(set(table.index) for _, table in tables)))
     if not seeds: raise Missing(f"{metric}: no seed has all of {', '.join(dict.fromkeys(table.who.iloc[0] for _, table in tables))}")
-    each = sum(sign * (-np.log(table.value.loc[seeds].to_numpy(float)) if ratio else table.value.loc[seeds].to_numpy(float)) for sign, table in tables)
+    tables = [(sign, table.loc[seeds]) for sign, table in tables]
+    each = sum(sign * (-np.log(table.value.to_numpy(float)) if ratio else table.value.to_numpy(float)) for sign, table in tables)
     if metric in EXACT: return each.mean(), each.mean(), each.mean(), tuple(s for s in seeds if s >= 0), "exact"
-    if len(seeds) > 1: return each.mean(), *(each.mean() + side * t_quantile(len(seeds) - 1) * each.std(ddof=1) / math.sqrt(len(seeds)) for side in (-1, 1)), tuple(seeds), f"over {len(seeds)} seeds"
-    widths = [((row.high - row.low) / (row.value if ratio else 1)) for _, table in tables for row in [table.loc[seeds[0]]]]
-    if not np.isfinite(widths).all(): raise ValueError(f"{metric} without low and high, and one seed: nothing is known of its spread")
-    half = math.sqrt(sum(width ** 2 for width in widths)) / 2
-    return each[0], each[0] - half, each[0] + half, tuple(seeds), ONE_SEED
+    half = _noise([table for _, table in tables], ratio)
+    if len(seeds) > 1: half = np.fmax(half, t_quantile(len(seeds) - 1) * each.std(ddof=1) / math.sqrt(len(seeds)))
+    elif math.isnan(half): raise ValueError(f"{metric} without low and high, and one seed: nothing is known of its spread")
+    return each.mean(), each.mean() - half, each.mean() + half, tuple(seeds), ONE_SEED if len(seeds) == 1 else f"over {len(seeds)} seeds"
