@@ -184,7 +184,30 @@ def test_systems_that_saw_unlike_samples():
     part = Part("gFID", "VTP", rival="VA-VAE")
     made = pd.concat([rows("VA-VAE", (300., 200.)), rows("VTP", (290., 150.), xs=(70, 700))]).assign(panel="", who=lambda table: table.series)
     found = judged(part, made)
-    assert found.verdict == "same" and found.notes == ("after unlike samples: VTP 700, VA-VAE 1,000",) and "150 (VTP), 200 (VA-VAE)" in found.ours
+    assert found.verdict == "trend" and found.notes[0] == "after unlike samples: VTP 700, VA-VAE 1,000" and "150 (VTP), 200 (VA-VAE)" in found.ours
+
+
+def test_a_lead_over_any_rival_is_asked_again_at_equal_flops():
+    "VTP leads at equal samples, having spent four times the FLOPs; at those of its rival it does not."
+    at = lambda name, values, flops: rows(name, values).assign(flops=lambda table: table.samples * flops)
+    made = pd.concat([at("SSL+AE", (300., 200.), 1.), at("VTP", (400., 100.), 4.)]).assign(panel="", who=lambda table: table.series)
+    found = judged(Part("gFID", "VTP", rival="SSL+AE"), made)
+    assert found.verdict == "trend" and "times SSL+AE's: not better by its interval" in found.notes[-1]
+    alike = judged(Part("gFID", "VTP", rival="SSL+AE"), made.assign(flops=made.samples))
+    assert alike.verdict == "same" and "times SSL+AE's" in alike.notes[-1] and "not better" not in alike.notes[-1]
+
+
+def test_a_correlation_that_equal_samples_contradict_is_not_seen():
+    "Both measures improve with compute alone; among systems after equal samples the better probe has the worse distance, or there is one system and nothing to ask."
+    def made(systems, inside): return pd.concat([rows(f"s{i}", [start + sign * 5 * t + inside * sign * i for t in range(4)], metric) for i in range(systems) for metric, start, sign in (("probe", 10., 1), ("gFD", 300., -1))])
+    part = next(claim.parts[0] for claim in CLAIMS if claim.number == 6)
+    judge = lambda table: judged(part, table.assign(panel="", who=table.series))
+    crossed = made(4, 0.)
+    crossed.loc[crossed.metric == "probe", "value"] += crossed[crossed.metric == "probe"].series.str[1:].astype(int)
+    crossed.loc[crossed.metric == "gFD", "value"] += crossed[crossed.metric == "gFD"].series.str[1:].astype(int)
+    assert judge(made(4, 1.)).verdict == "same" and judge(crossed).verdict == "not seen" and "equal samples the rank correlation is +" in judge(crossed).notes[0]
+    two = made(1, 1.)
+    assert judge(pd.concat([two, two.assign(series="other", samples=two.samples + 1)])).verdict == "trend"
 
 
 @pytest.mark.parametrize("sees, value, low, high, margin, verdict", [
@@ -217,11 +240,15 @@ def test_gains_by_hand():
 def test_unlike_cards_are_refused():
     table = world(1)["scale_data"]["a"]
     keep("scale_data", "demo", table.assign(images=[500, 2000] * (len(table) // 2)))
-    with pytest.raises(ValueError, match="claim 7, scale_data: numbers with unlike cards can't be compared: images: 500"): ledger()
+    keep("scale_compute", "demo", *world(1)["scale_compute"].values())
+    found = ledger().set_index("number")
+    assert found.verdict[7] == "not attempted" and found.notes[7].startswith("can't be judged: claim 7, scale_data: numbers with unlike cards can't be compared: images: 500")
+    assert found.verdict[1] == "same" and not found.notes[8], "the other claims are judged all the same"
 
 
 def test_unknown_rules_are_refused():
     with pytest.raises(ValueError, match="sees='better' must be one of"): Part("gFID", "VTP", "better")
+    with pytest.raises(ValueError, match="along an axis, or over a rival"): Part("gFID", "VTP")
     with pytest.raises(ValueError, match="fig7 a has no gFID of RAE"): paper_said(Part("gFID", "RAE", theirs=("fig7", "a", "RAE")))
 
 

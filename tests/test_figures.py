@@ -41,12 +41,19 @@ def whiskers(ax, number):
 
 
 def test_intervals_are_students_over_seeds():
-    table = rows(3)
+    table = rows(3).assign(low=lambda t: t.value - .01, high=lambda t: t.value + .01)
     ax = beside(table, theirs(), "flops", **SAID).axes[0]
     for number, name in enumerate(("AE", "VTP")):
         for x, y, drawn in zip(*lines(ax)[name][3:], whiskers(ax, number)):
             values = table[(table.series == name) & (table.flops == x)].value
             assert np.isclose(y, values.mean()) and np.allclose(drawn, stats.t.interval(.95, 2, values.mean(), stats.sem(values)))
+
+
+def test_seeds_that_agree_have_the_noise_of_their_samples():
+    table = rows(2).assign(value=45., low=43., high=47.)
+    found = over_seeds(table, ("series", "flops"))
+    assert np.allclose(found.high - found["mean"], 2 / np.sqrt(2)) and np.allclose(found["mean"] - found.low, 2 / np.sqrt(2))
+    assert over_seeds(table.drop(columns=["low", "high"]), ("series", "flops")).low.eq(45).all()
 
 
 def test_one_training_has_its_own_interval_and_curve_has_the_same():

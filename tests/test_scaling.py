@@ -202,6 +202,15 @@ def test_paired_seeds_cancel():
     assert np.isclose(paired.low, .45) and np.isclose(paired.high, .45) and apart.high / apart.low > 2
 
 
+def test_seeds_that_agree_by_luck_have_the_noise_of_their_samples():
+    x, agree = np.array([1., 10., 100.]), np.array([[60., 50., 40.]] * 2)
+    ours, theirs = (Curve(name, x, agree * k, [.1] * 3, (0, 1)) for name, k in (("VTP", 1.), ("AE", 1.05)))
+    found, exact = equal_compute(ours, theirs), equal_compute(*(Curve(c.name, c.x, c.y, None, c.seeds) for c in (ours, theirs)))
+    assert exact.low == pytest.approx(exact.high) and math.log(found.high / found.low) == pytest.approx(2 * 1.96 * math.sqrt(2 * .1 ** 2 / 2), rel=.1)
+    wild = Curve("wild", x, agree * [[.5], [2.]], [.1] * 3, (0, 1))            # seeds that differ more than the samples' noise: nothing is added
+    assert np.array_equal(redrawn(wild, 50)[0], redrawn(Curve("wild", x, wild.y, None, (0, 1)), 50)[0])
+
+
 def test_draws_are_reproducible_and_as_wide_as_students_t():
     lines = Curve("lines", X, 50 * np.exp(.1 * np.random.default_rng(0).standard_normal((3, 9))), seeds=(0, 1, 2))
     first, again = redrawn(lines, 40_000, 1)[0], redrawn(lines, 40_000, 1)[0]

@@ -120,13 +120,13 @@ def chain(job, val, scale:str, flow:FlowConfig|None=None, extractor=None, step:i
     staged, own = not isinstance(job, FinetuneDecoder), (tail or TAILS[scale])
     tuned, generator = finetune(job, scale, step, images) if staged else job, dit(job, scale, flow, step, images, tail)
     understood = measure(job, val, scale, extractor, images, step=_at(job, step).step)
-    judge = GenerationQuality(extractor=extractor or SCALES[scale].rebuilt["extractor"], decoder=At(tuned), seed=job.seed, **_reference(images or tuned.pairs, own))
+    judge = GenerationQuality(extractor=extractor or SCALES[scale].rebuilt["extractor"], decoder=At(tuned), seed=job.seed, **_reference(images or tuned.pairs, scale, own, extractor))
     return Chain(job, understood, tuned, Evaluate(At(tuned), (rebuilt(tuned, val, scale, extractor),)) if staged else understood, generator,
                  tuple(Evaluate(At(generator, budget), (judge,)) for budget in own.budgets))
 
-def _reference(pairs, tail:Tail) -> dict:
-    "The tail's fields of GenerationQuality, against the training images unless a reference is named."
-    wanted = {"reference": pairs} | tail.generation
+def _reference(pairs, scale:str, tail:Tail, extractor) -> dict:
+    "The tail's fields of GenerationQuality, against the training images; a published file of statistics stands for the scale's own images on its own features alone."
+    wanted = tail.generation if "reference" in tail.generation and pairs == SCALES[scale].images and extractor is None else tail.generation | {"reference": pairs}
     return wanted | {"reference_samples": few(wanted.get("reference_samples"), pairs)}
 
 # %% ../nbs/80a_chains.ipynb #9300900a

@@ -25,6 +25,7 @@ class Part:
 
     def __post_init__(self):
         if self.sees not in SEES: raise ValueError(f"sees={self.sees!r} must be one of {', '.join(SEES)}")
+        if self.sees != "correlates" and not (self.along or self.rival): raise ValueError(f"{self.series} {self.sees}: along an axis, or over a rival?")
 
 @dataclass(frozen=True)
 class Claim:

@@ -16,7 +16,7 @@ import pandas as pd
 
 from .claims import CLAIMS, Claim, Part, paper_said
 from .evaluation.protocol import comparable
-from .laws import curve_of, rank_correlation
+from .laws import curve_of, rank_correlation, rank_correlation_within
 from .results import UNITS
 from .reports import read, reports
 from .run import write_text
@@ -63,17 +63,25 @@ def _said(metric:str, tables, value:float, low:float, high:float) -> str:
     shown, unit = (lambda g: 100 * -math.expm1(min(-g, 50)), " %") if is_ratio(metric) else (lambda g: g, UNITS.get(metric, ""))
     return f"{metric} {named}: gain {shown(value):+.3g}{unit} [{shown(low):+.3g}, {shown(high):+.3g}]"
 
+def _alike(tables:list[tuple]) -> list[tuple]:
+    "Only the seeds that all tables have, if there are any: others say nothing of a difference."
+    seeds = set.intersection(*(set(rows.train_seed) for ends in tables for rows in ends))
+    return [tuple(rows[rows.train_seed.isin(seeds)] for rows in ends) for ends in tables] if seeds else tables
+
+def _at_most_trend(verdict:str) -> str: return min(verdict, "trend", key=VERDICTS.index)
+
 def _compared(part:Part, rows:pd.DataFrame) -> Found:
     "A part on rows of one metric, panel, feature network and DiT budget."
     mine, metric = _of(rows, part.series), rows.metric.iloc[0]
     other = _of(rows, part.rival) if part.rival else None
     systems, notes = ([mine, other][:1 + bool(part.rival)], ()) if part.along else _last(mine, other)
     tables = [_ends(table, part.along) if part.along else (table,) for table in systems]
+    tables = _alike(tables)
     points = [(system * place, found) for system, ends in zip((1, -1), tables) for place, found in zip((-1, 1) if part.along else (1,), ends)]
     comparable(pd.concat([found for _, found in points]))
     value, low, high, seeds, over = gain(points, metric)
     verdict, opposite = decided(part.sees, value, low, high, MARGINS.get(metric, 0.), over)
-    return Found(verdict, _said(metric, tables, value, low, high), seeds, over, opposite, notes)
+    return Found(_at_most_trend(verdict) if notes else verdict, _said(metric, tables, value, low, high), seeds, over, opposite, notes)
 
 # %% ../nbs/84b_ledger.ipynb #2735fbb7
 def _sooner(part:Part, rows:pd.DataFrame) -> Found:
@@ -96,10 +104,11 @@ def _correlated(part:Part, rows:pd.DataFrame, probes:pd.DataFrame) -> Found:
     comparable(rows), comparable(probes)
     rho, low, high = rank_correlation(both.und, both.gen)
     if math.isnan(rho): raise Missing(f"probe or {part.metric} is the same at all {len(both)} points")
-    apart = both - both.groupby("samples").transform("mean") if "samples" in place else both      # more compute alone may improve both
-    alike = rank_correlation(apart.und, apart.gen)
-    verdict, note = decided("correlates", -rho, -high, -low)[0], "at equal samples the rank correlation is {:+.2f} [{:+.2f}, {:+.2f}]".format(*alike)
-    return Found(verdict if alike[2] < 0 else min(verdict, "trend", key=VERDICTS.index), f"probe and {rows.metric.iloc[0]}: rank correlation {rho:+.2f} [{low:+.2f}, {high:+.2f}]", tuple(sorted({int(s) for s in rows.train_seed.dropna()})), f"over {len(both)} points, as if independent", notes=(note,))
+    alike = rank_correlation_within(both.und, both.gen, both.reset_index()["samples"]) if "samples" in place else (math.nan, -1, 1)      # more compute alone may improve both
+    verdict, known = decided("correlates", -rho, -high, -low)[0], not math.isnan(alike[0])
+    verdict = "not seen" if known and alike[0] >= 0 else verdict if known and alike[2] < 0 else _at_most_trend(verdict)
+    note = "at equal samples the rank correlation is {:+.2f} [{:+.2f}, {:+.2f}]".format(*alike) if known else "too few systems after equal samples to tell understanding from compute"
+    return Found(verdict, f"probe and {rows.metric.iloc[0]}: rank correlation {rho:+.2f} [{low:+.2f}, {high:+.2f}]", tuple(sorted({int(s) for s in rows.train_seed.dropna()})), f"over {len(both)} points, as if independent", notes=(note,))
 
 # %% ../nbs/84b_ledger.ipynb #d2bf518c
 def _control(part:Part, rows:pd.DataFrame, rebuilt:pd.DataFrame) -> tuple[bool, str]:
@@ -122,7 +131,7 @@ def _equal(part:Part, rows:pd.DataFrame) -> tuple[bool, str]:
     if any("flops" not in table or table.flops.nunique() < 2 for table in tables): return True, "not compared at equal FLOPs: no checkpoints along both trainings"
     try: found = equal_compute(*(curve_of(table, name=table.who.iloc[0]) for table in tables))
     except ValueError as error: return True, f"not compared at equal FLOPs: {error}"
-    return found.high < 1, f"at {min(table.flops.max() for table in tables):.3g} FLOPs each, {rows.metric.iloc[0]} is {found.value:.3g} [{found.low:.3g}, {found.high:.3g}] times AE's{'' if found.high < 1 else ': not better by its interval'}"
+    return found.high < 1, f"at {min(table.flops.max() for table in tables):.3g} FLOPs each, {rows.metric.iloc[0]} is {found.value:.3g} [{found.low:.3g}, {found.high:.3g}] times {part.rival}'s{'' if found.high < 1 else ': not better by its interval'}"
 
 def _rows_of(rows:pd.DataFrame, metric:str, part:Part) -> pd.DataFrame:
     "Rows of a metric, or of the first of its relatives that is there; of one checkpoint the one whose decoder was trained longest."
@@ -134,24 +143,33 @@ def _rows_of(rows:pd.DataFrame, metric:str, part:Part) -> pd.DataFrame:
     place = [c for c in ("who", "series", "panel", "samples", "dit_samples", "extractor", "protocol", "train_seed", part.along.removeprefix("-")) if c in rows and c != "decoder_samples"]
     return rows.sort_values("decoder_samples", kind="stable", na_position="first").drop_duplicates(place, keep="last").sort_index()
 
+def _asked_again(part:Part, last:pd.DataFrame, rows:pd.DataFrame) -> list[tuple[bool, str]]:
+    "A gain in generation over a rival is asked again at equal FLOPs, and beside an autoencoder at equal reconstruction: (whether it holds, a note) each. `last`: one panel, feature network and DiT budget of `rows`."
+    if not part.rival or part.along or part.metric != "gFID" or part.sees != "gains": return []
+    if part.rival != "AE": return [_equal(part, last)]
+    try: rebuilt = _rows_of(rows[rows.panel.isin(last.panel)], "rFID", part)
+    except Missing: rebuilt = last.iloc[:0]
+    return [_equal(part, last), _control(part, last, rebuilt[rebuilt.extractor.isin(last.extractor)] if "extractor" in rebuilt else rebuilt)]
+
+def _at_budgets(part:Part, rows:pd.DataFrame, group:pd.DataFrame) -> Found:
+    "A part on one panel and feature network: what its largest DiT budget says, at most a trend where a smaller one says the opposite or a control does not hold."
+    budgets = [("", group)] if "dit_samples" not in group or part.along == "dit_samples" or group.dit_samples.isna().any() else sorted(group.groupby("dit_samples"), key=lambda pair: -pair[0])
+    answers = [_sooner(part, one) if part.sees == "sooner" else _correlated(part, one, _rows_of(rows, "probe", part)) if part.sees == "correlates" else _compared(part, one) for _, one in budgets]
+    best = answers[0]
+    against = [f"at {seen:,.0f} latents of the DiT the opposite: {answer.ours}" for (seen, _), answer in zip(budgets[1:], answers[1:]) if answer.opposite and not best.opposite]
+    asked = _asked_again(part, budgets[0][1], rows)
+    holds = not against and all(kept for kept, _ in asked)
+    return replace(best, verdict=best.verdict if holds else _at_most_trend(best.verdict), notes=tuple(dict.fromkeys([*best.notes, *against, *(note for _, note in asked)])))
+
 def judged(part:Part, rows:pd.DataFrame) -> Found:
-    "A part on the rows of one experiment at one scale. Raises Missing where rows are lacking, ValueError for unlike cards."
-    chosen, found = _rows_of(rows, part.metric, part), []
+    "A part on the rows of one experiment at one scale: the worst of its panels and feature networks. Raises Missing where rows are lacking, ValueError for unlike cards."
+    chosen = _rows_of(rows, part.metric, part)
     groups = [name for name in ("panel", "extractor") if name in chosen and part.sees != "correlates" or name == "extractor" and name in chosen]
-    for _, group in chosen.groupby(groups, dropna=False, sort=False) if groups else [("", chosen)]:
-        budgets = [("", group)] if "dit_samples" not in group or part.along == "dit_samples" or group.dit_samples.isna().any() else sorted(group.groupby("dit_samples"), key=lambda pair: -pair[0])
-        answers = [_sooner(part, one) if part.sees == "sooner" else _correlated(part, one, _rows_of(rows, "probe", part)) if part.sees == "correlates" else _compared(part, one) for _, one in budgets]
-        best = answers[0]
-        notes = [f"at {seen:,.0f} latents of the DiT the opposite: {answer.ours}" for (seen, _), answer in zip(budgets[1:], answers[1:]) if answer.opposite and not best.opposite]
-        holds, notes = not notes, [*best.notes, *notes]
-        if part.rival == "AE" and not part.along and part.metric == "gFID" and part.sees == "gains":
-            try: rebuilt = _rows_of(rows[rows.panel.isin(group.panel)], "rFID", part)
-            except Missing: rebuilt = group.iloc[:0]
-            asked = _equal(part, budgets[0][1]), _control(part, budgets[0][1], rebuilt[rebuilt.extractor.isin(group.extractor)] if "extractor" in rebuilt else rebuilt)
-            holds, notes = holds and all(kept for kept, _ in asked), [*notes, *(note for _, note in asked)]
-        found.append(Found(best.verdict if holds else min(best.verdict, "trend", key=VERDICTS.index), f"{group.panel.iloc[0]}: " * ("panel" in chosen and chosen.panel.nunique() > 1) + best.ours, best.seeds, best.interval, best.opposite, tuple(notes)))
+    several = "panel" in chosen and chosen.panel.nunique() > 1
+    parts = [(f"{group.panel.iloc[0]}: " * several, _at_budgets(part, rows, group)) for _, group in (chosen.groupby(groups, dropna=False, sort=False) if groups else [("", chosen)])]
+    found = [one for _, one in parts]
     named = {str(extractor).partition(":")[0] for extractor in chosen.extractor.dropna()} if "extractor" in chosen else set()
-    return Found(min((one.verdict for one in found), key=VERDICTS.index), "; ".join(one.ours for one in found) + (f" ({', '.join(sorted(named))})" if named and len(found) > 1 else ""),
+    return Found(min((one.verdict for one in found), key=VERDICTS.index), "; ".join(panel + one.ours for panel, one in parts) + (f" ({', '.join(sorted(named))})" if named and len(found) > 1 else ""),
                  tuple(sorted({s for one in found for s in one.seeds})), "; ".join(dict.fromkeys(one.interval for one in found)), notes=tuple(dict.fromkeys(note for one in found for note in one.notes)))
 
 # %% ../nbs/84b_ledger.ipynb #8238c6ae
@@ -176,12 +194,17 @@ def _asked(claim:Claim, experiment:str, here:pd.DataFrame) -> dict:
                 verdict=min([one.verdict for one in found] + ["trend"] * bool(lacking), key=VERDICTS.index) if found else "not attempted",
                 notes="; ".join(dict.fromkeys([note for one in found for note in one.notes] + lacking)), hardware="; ".join(dict.fromkeys(here.hardware.dropna())) if "hardware" in here else "")
 
+def _line(claim:Claim, rows:pd.DataFrame) -> dict:
+    "`answer`, or why rows that are there can't be compared: one bad report must not hide the other claims."
+    try: return answer(claim, rows)
+    except ValueError as error: return answer(claim, rows.iloc[:0]) | dict(notes=f"can't be judged: {error}")
+
 def ledger(rows:pd.DataFrame|None=None, claims:tuple[Claim, ...]=CLAIMS) -> pd.DataFrame:
     "One row for each claim, and for each scale and data that has rows of it; `rows`: those of `read` (None: all reports there are)."
     rows, lines = read() if rows is None else rows, []
     for claim in claims:
-        here = [(scale, data, answer(claim, group)) for (scale, data), group in rows.groupby(["scale", "data"], sort=True)]
-        tried = [dict(scale=scale, data=data) | line for scale, data, line in here if line["verdict"] != "not attempted"]
+        here = [(scale, data, _line(claim, group)) for (scale, data), group in rows.groupby(["scale", "data"], sort=True)]
+        tried = [dict(scale=scale, data=data) | line for scale, data, line in here if line["verdict"] != "not attempted" or line["notes"]]
         lines += tried or [dict(scale="", data="") | answer(claim, rows.iloc[:0])]
     return pd.DataFrame(lines)[list(COLUMNS)]
 
@@ -233,7 +256,7 @@ def summary(table:pd.DataFrame) -> str:
     "The ledger's head for a page: of each claim the verdict at every scale that tried it."
     lines = ["| # | claim | verdict |", "| --- | --- | --- |"]
     for number, rows in table.groupby("number", sort=False):
-        tried = [f"**{row.verdict}** ({row.scale}{' ' * bool(row.data)}{row.data}{f', seeds {row.seeds}' if ',' in row.seeds else ', one seed'})" for _, row in rows.iterrows() if row.verdict != "not attempted"]
+        tried = [f"**{row.verdict}** ({row.scale}{' ' * bool(row.data)}{row.data}{f', seeds {row.seeds}' if ',' in row.seeds else ', one seed' * bool(row.seeds)})" for _, row in rows.iterrows() if row.verdict != "not attempted"]
         lines.append(f"| {number} | {rows.claim.iloc[0]} ({rows['item'].iloc[0]}) | {'; '.join(tried) or 'not attempted'} |")
     return "\n".join(lines)
 

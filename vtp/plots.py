@@ -99,18 +99,19 @@ def _ticks(ax, log:str=""):
 
 # %% ../nbs/83_plots.ipynb #e74ac3cc
 def over_seeds(rows, by) -> pd.DataFrame:
-    """Of each place in the columns `by`: mean of `value`, low, high, and seeds. The interval is Student's over `train_seed`; of one training its own low and high (NaN without).
+    """Of each place in the columns `by`: mean of `value`, low, high, and seeds. The interval is Student's over `train_seed`, or that of the values' own low and high where it is wider; of one training these themselves (NaN without).
 
     Raises ValueError for two rows of one training at one place, with the columns in which they differ."""
     rows, by = rows.assign(train_seed=rows.get("train_seed", pd.Series(math.nan, rows.index)).fillna(-1)), list(by)
     if (twice := rows.duplicated([*by, "train_seed"], keep=False)).any():
         first = rows[twice].groupby([*by, "train_seed"], dropna=False).get_group(tuple(rows[twice].iloc[0][[*by, "train_seed"]]))
         raise ValueError(f"several rows at {first[by].iloc[0].to_dict()}: choose one of {', '.join(c for c in first if first[c].nunique() > 1 and c not in ('value', 'low', 'high')) or 'them'} first")
-    found = rows.reindex(columns=[*dict.fromkeys([*rows.columns, "low", "high"])]).groupby(by, sort=False, dropna=False).agg(
-        mean=("value", "mean"), low=("low", "first"), high=("high", "first"), spread=("value", "std"), seeds=("value", "size")).reset_index()
-    half = [t_quantile(n - 1) * s / math.sqrt(n) if n > 1 else math.nan for n, s in zip(found.seeds, found.spread)]
+    rows = rows.reindex(columns=[*dict.fromkeys([*rows.columns, "low", "high"])])
+    found = rows.assign(own=(rows.high.astype(float) - rows.low.astype(float)) ** 2 / 4).groupby(by, sort=False, dropna=False).agg(
+        mean=("value", "mean"), low=("low", "first"), high=("high", "first"), spread=("value", "std"), own=("own", "mean"), seeds=("value", "size")).reset_index()
+    half = np.fmax([t_quantile(n - 1) * s / math.sqrt(n) if n > 1 else math.nan for n, s in zip(found.seeds, found.spread)], np.sqrt(found.own / found.seeds))
     several = found.seeds > 1
-    return found.assign(low=found.low.where(~several, found["mean"] - half), high=found.high.where(~several, found["mean"] + half)).drop(columns="spread")
+    return found.assign(low=found.low.where(~several, found["mean"] - half), high=found.high.where(~several, found["mean"] + half)).drop(columns=["spread", "own"])
 
 # %% ../nbs/83_plots.ipynb #34ca5f94
 def _loggable(data, log:str, **columns):

@@ -146,8 +146,9 @@ def trend(rows:pd.DataFrame, theirs:tuple[float, float]|None=None) -> str:
     ours = direction(first, last)
     line = f"{first.metric} {ours} from {first.series} {quote(first)} to {last.series} {quote(last)}"
     if theirs is None: return line + "."
-    paper = "falls" if theirs[1] < theirs[0] else "rises"
-    same = "not seen here" if ours.startswith("does not") else "the same direction" if ours == paper else "the opposite direction"
+    paper = "falls" if theirs[1] < theirs[0] else "hardly rises" if theirs[1] < 1.1 * theirs[0] else "rises"
+    if paper == "hardly rises": same = "the same" if abs(last.value / first.value - 1) < .1 else "not so here"
+    else: same = "not seen here" if ours.startswith("does not") else "the same direction" if ours == paper else "the opposite direction"
     return f"{line}; the paper's {paper} from {theirs[0]:.4g} to {theirs[1]:.4g}: {same}."
 
 # %% ../nbs/81_results.ipynb #4c7373f2
