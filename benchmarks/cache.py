@@ -1,7 +1,7 @@
 """H8: what a training step in chunks costs in time and saves in memory, beside the plain step and activation checkpoints.
 
     OMP_NUM_THREADS=1 python benchmarks/cache.py                                            # a small one on a CPU: five minutes of one core
-    python benchmarks/cache.py --size L --batch 256 --chunk 64 --dtype bf16 --compile --repeats 10     # H8, on a GPU: one rank's share of the paper's step
+    python benchmarks/cache.py --size L --batch 128 --chunk 32 --dtype bf16 --compile --repeats 10     # H8, on a GPU: one rank's share of the paper's step
 
 The step is the package's own (forward, backward, AdamW, teacher) on the paper's objectives in the proportion 8 : 2 : 1, trunk of --size, 4-layer decoder of size L (on a CPU: of the trunk's size), text 12 × 768 (on a CPU 4 × 384).
 `feature cache`: images and captions of CLIP --chunk at a time, the other terms, whose share of a rank is a quarter and an eighth, in one piece where they are no larger.

@@ -1,4 +1,4 @@
-"""What needs a GPU, one command each; every one also runs on a CPU with --size S --batch 2 --image 64, to show that it works.
+"""What needs a GPU, one command each; every one also runs on a CPU with --size S --batch 16 --image 64, to show that it works.
 
     python benchmarks/gpu.py encode      H1, H2: images/s of bf16 encode at a large batch, latency at batch 1; ours compiled and eager
     python benchmarks/gpu.py step        H3: samples/s and MFU of the pre-training step, ours compiled and eager against the legacy structure: three separate forwards, 77 columns of text, eager autocast

@@ -249,7 +249,7 @@ def test_unlike_cards_are_refused():
 def test_unknown_rules_are_refused():
     with pytest.raises(ValueError, match="sees='better' must be one of"): Part("gFID", "VTP", "better")
     with pytest.raises(ValueError, match="along an axis, or over a rival"): Part("gFID", "VTP")
-    with pytest.raises(ValueError, match="fig7 a has no gFID of RAE"): paper_said(Part("gFID", "RAE", theirs=("fig7", "a", "RAE")))
+    with pytest.raises(ValueError, match="fig7 a has no gFID of RAE"): paper_said(Part("gFID", "RAE", rival="AE", theirs=("fig7", "a", "RAE")))
 
 
 def test_the_claims_are_the_papers():

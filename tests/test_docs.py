@@ -82,7 +82,7 @@ def formulas(path):
 
 
 def test_every_formula_becomes_mathml(monkeypatch):
-    pytest.importorskip("latex2mathml", reason="the site's builder is not installed: make install")
+    pytest.importorskip("latex2mathml", reason="the site's builder is not installed: make docs does it")
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     from conf import mathml
     found = [mathml(*formula) for path in NOTEBOOKS + EXPERIMENTS for formula in formulas(path)]
@@ -93,7 +93,7 @@ def test_every_formula_becomes_mathml(monkeypatch):
 
 def test_a_page_is_built(tmp_path):
     "A notebook, its link, its formula and its output; the whole site is for `make docs`."
-    for name in ("sphinx", "myst_nb", "furo", "latex2mathml"): pytest.importorskip(name, reason="the site's builder is not installed: make install")
+    for name in ("sphinx", "myst_nb", "furo", "latex2mathml"): pytest.importorskip(name, reason="the site's builder is not installed: make docs does it")
     source, cells = tmp_path / "in", [{"cell_type": "markdown", "metadata": {}, "source": "# One\n\nSee [two](two.md), $\\mathcal L$."},
                                       {"cell_type": "code", "metadata": {}, "execution_count": None, "source": "1 + 1", "outputs": [{"output_type": "execute_result", "execution_count": None, "metadata": {}, "data": {"text/plain": "kept output"}}]}]
     source.mkdir()
