@@ -212,11 +212,17 @@ def test_a_correlation_that_equal_samples_contradict_is_not_seen():
 
 @pytest.mark.parametrize("sees, value, low, high, margin, verdict", [
     ("gains", .2, .1, .3, 0, "same"), ("gains", .2, -.1, .5, 0, "trend"), ("gains", -.1, -.5, .3, 0, "not seen"), ("gains", -.2, -.3, -.1, 0, "not seen"), ("gains", 0, 0, 0, 0, "not seen"),
-    ("no gain", .05, .02, .08, .1, "same"), ("no gain", -.3, -.4, -.2, .1, "same"), ("no gain", .05, -.2, .3, .1, "trend"), ("no gain", .2, .05, .4, .1, "not seen"),
-    ("as good", -.05, -.08, .1, .1, "same"), ("as good", -.05, -.2, .1, .1, "trend"), ("as good", -.2, -.3, 0, .1, "not seen"), ("as good", .5, .4, .6, .1, "same")])
+    ("no gain", .05, .02, .08, .1, "same"), ("no gain", -.3, -.4, -.2, .1, "same"), ("no gain", .05, -.05, .15, .11, "trend"), ("no gain", .05, -.2, .3, .1, "not seen"), ("no gain", .2, .05, .4, .1, "not seen"),
+    ("as good", -.05, -.08, .1, .1, "same"), ("as good", -.05, -.11, .1, .1, "trend"), ("as good", -.05, -.2, .1, .1, "not seen"), ("gains", .1, -.15, .35, 0, "not seen"), ("as good", -.2, -.3, 0, .1, "not seen"), ("as good", .5, .4, .6, .1, "same")])
 def test_the_rules(sees, value, low, high, margin, verdict):
     assert decided(sees, value, low, high, margin)[0] == verdict
     assert decided(sees, value, low, high, margin, ONE_SEED)[0] == ("trend" if verdict == "same" else verdict)
+
+
+def test_a_trend_is_a_standard_error():
+    for seeds, edge in ((1, 1.96), (2, 12.706 / 1.84), (5, 2.776 / 1.142)):      # Student's quantiles at 95 % over those at 68.3 %
+        assert decided("gains", 1., 1 - .98 * edge, 9., seeds=seeds)[0] == "trend" and decided("gains", 1., 1 - 1.02 * edge, 9., seeds=seeds)[0] == "not seen"
+    assert decided("gains", 1., -math.inf, 9.)[0] == "not seen"
 
 
 def test_opposites():

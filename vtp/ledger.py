@@ -80,7 +80,7 @@ def _compared(part:Part, rows:pd.DataFrame) -> Found:
     points = [(system * place, found) for system, ends in zip((1, -1), tables) for place, found in zip((-1, 1) if part.along else (1,), ends)]
     comparable(pd.concat([found for _, found in points]))
     value, low, high, seeds, over = gain(points, metric)
-    verdict, opposite = decided(part.sees, value, low, high, MARGINS.get(metric, 0.), over)
+    verdict, opposite = decided(part.sees, value, low, high, MARGINS.get(metric, 0.), over, len(seeds))
     return Found(_at_most_trend(verdict) if notes else verdict, _said(metric, tables, value, low, high), seeds, over, opposite, notes)
 
 # %% ../nbs/84b_ledger.ipynb #2735fbb7
@@ -94,7 +94,7 @@ def _sooner(part:Part, rows:pd.DataFrame) -> Found:
     found = speedup(*curves)
     over = f"over {found.seeds} seeds" if found.seeds > 1 else ONE_SEED
     low, high = (math.log(edge) if edge > 0 else -math.inf for edge in (found.low, found.high))
-    return Found(decided("sooner", math.log(found.value) if math.isfinite(found.value) else low, low, high, over=over)[0], f"{rows.metric.iloc[0]}: {part.series} over {part.rival} {found}", curves[0].seeds, over, notes=notes)
+    return Found(decided("sooner", math.log(found.value) if math.isfinite(found.value) else low, low, high, over=over, seeds=found.seeds)[0], f"{rows.metric.iloc[0]}: {part.series} over {part.rival} {found}", curves[0].seeds, over, notes=notes)
 
 def _correlated(part:Part, rows:pd.DataFrame, probes:pd.DataFrame) -> Found:
     "The rank correlation of probe and distance, on rows of one feature network and DiT budget."
@@ -246,7 +246,7 @@ def _about(rows:pd.DataFrame) -> str:
     scale, data, seeds = rows.scale.iloc[0], rows.data.iloc[0], sorted({int(seed) for seed in rows.get("train_seed", pd.Series(dtype=float)).dropna()})
     where = f" on {', '.join(dict.fromkeys(rows.hardware.dropna()))}" if "hardware" in rows else ""
     said = [f"Scale `{scale}`{f', pairs of `{data}`' if data else ''}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds)) or 'not named'}{where}.",
-            "*Same*: seen, and by its interval; *trend*: seen, but not by its interval, from one seed only, or not in every part; *not seen*: neither."]
+            "*Same*: seen by its 95 % interval; *trend*: seen by a standard error (68 %) only, from one seed only, or not under every control; *not seen*: neither."]
     if len(seeds) < 2: said.append("One training each: how much another seed would differ is not in the intervals, so nothing here is more than a trend unless its interval is over points or exact.")
     if scale != "paper": said.append("Small scale is small scale: a direction may be compared with the paper's, a value may not, and what is seen or not seen here is neither shown nor refuted for large tokenizers.")
     return " ".join(said)

@@ -170,11 +170,12 @@ class Missing(ValueError):
 
 ONE_SEED = "one seed: over images or samples"
 
-def decided(sees:str, value:float, low:float, high:float, margin:float=0., over:str="") -> tuple[str, bool]:
-    "The verdict of a gain (or of log speed-up, or of minus a correlation) with its interval, and whether it says the opposite beyond that."
+def decided(sees:str, value:float, low:float, high:float, margin:float=0., over:str="", seeds:int=1) -> tuple[str, bool]:
+    "The verdict of a gain (or of log speed-up, or of minus a correlation) with its 95 % interval, Student's of two `seeds` or more, and whether it says the opposite beyond that."
     if sees == "no gain": value, low, high, edge = -value, -high, -low, -margin
     else: edge = -margin if sees == "as good" else 0.
-    return "not seen" if not value > edge else "same" if low > edge and over != ONE_SEED else "trend", high < edge
+    one = value - (value - low) * (t_quantile(seeds - 1, .683) / t_quantile(seeds - 1) if seeds > 1 else 1 / 1.96) if math.isfinite(low) else low
+    return "not seen" if not max(one, low) > edge else "same" if low > edge and over != ONE_SEED else "trend", high < edge
 
 EXACT = "gflops", "params_m"       # counted, not measured; less is better
 
