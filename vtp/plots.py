@@ -239,8 +239,8 @@ def bars(data, x:str, y:str, hue:str, *, title:str, scale:str, hardware:str, siz
                    edgecolor="black", linewidth=.6, label=name)
         if "chance" in data: _chance(ax, data.groupby(x).chance.max(), groups)
         inches = ax.get_position().width * ax.figure.get_size_inches()[0] / len(groups)
-        ax.set(xlabel=x, ylabel=y, xticks=list(groups.values()), xticklabels=[_folded(g, inches) for g in groups])
-        _legend(ax, 0)                                          # bars fill their axes: there is no free corner
+        ax.set(xlabel=x, ylabel=data.metric.iloc[0] if y == "value" and "metric" in data and data.metric.nunique() == 1 else y, xticks=list(groups.values()), xticklabels=[_folded(g, inches) for g in groups])
+        if len(styles) > 1: _legend(ax, 0)                                          # bars fill their axes: there is no free corner
     return ax
 
 def _folded(label, inches:float) -> str:
