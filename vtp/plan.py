@@ -224,12 +224,18 @@ def _said(value:float, digits:int=3) -> str:
     if value is None or value != value: return "–"
     return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) or value == int(value) else f"{value:.{digits}g}"
 
+def _alike(rows):
+    "Rows of a table that differ in their label alone as one, which says how many they are."
+    same = rows.drop(columns="label").map(str).agg("|".join, axis=1)
+    found = rows.assign(jobs=rows.groupby(same).label.transform("size"))[~same.duplicated()]
+    return found.assign(label=[f"{label} and {n - 1} alike, each" if n > 1 else label for label, n in zip(found.label, found.jobs)]).drop(columns="jobs")
+
 def show(planned:Plan|Plans, room:float|None=None):
     "The plan as Markdown, for a notebook: what will run, what it takes, what was assumed; with the `room` bytes of a device, whether it fits."
     from IPython.display import Markdown
     planned = planned if isinstance(planned, Plans) else Plans([planned])
     if not planned: return Markdown(f"Nothing to run: all {planned.done} jobs are done.")
-    rows = planned.table()
+    rows = _alike(planned.table())
     lines = ["| " + " | ".join(rows.columns) + " |", "|" + "---|" * 2 + "---:|" * (len(rows.columns) - 2)]
     lines += ["| " + " | ".join(v if isinstance(v, str) else _said(v) for v in row) + " |" for row in rows.itertuples(index=False)]
     first, notes = planned[0], list(dict.fromkeys(note for p in planned for note in p.notes))
@@ -243,9 +249,12 @@ def show(planned:Plan|Plans, room:float|None=None):
 def _room(planned:Plans, room:float) -> str:
     "Which trainings fit."
     counted = [p for p in planned if p.memory]
-    over = [p for p in counted if p.memory.peak > (1 - RESERVE) * room]
+    over = {}
+    for p in counted:
+        if p.memory.peak > (1 - RESERVE) * room: over.setdefault((p.job.kind, f"{p.memory.peak / 1e9:,.3g} GB"), []).append(p.job.label())
     if not over: return f"Every training fits into {room / 1e9:,.3g} GB a device ({RESERVE:.0%} left to the allocator)."
-    return f"**Too large** for {room / 1e9:,.3g} GB a device: {', '.join(f'{p.job.kind} {p.job.label()} ({p.memory.peak / 1e9:,.3g} GB)' for p in over)}. `fitting(job, room, machine, devices)` says which `chunk` fits; more devices, checkpointing and fsdp help too."
+    said = [f"{kind} {labels[0]}" + f" and {len(labels) - 1} more" * (len(labels) > 1) + f" ({peak})" for (kind, peak), labels in over.items()]
+    return f"**Too large** for {room / 1e9:,.3g} GB a device: {', '.join(said)}. `fitting(job, room, machine, devices)` says which `chunk` fits; more devices, checkpointing and fsdp help too."
 
 # %% ../nbs/80c_plan.ipynb #aaf75ad1
 def measured(job:Pretrain|TrainDiT, images:int=32, seconds:float=3., where:str="auto") -> Throughput:
