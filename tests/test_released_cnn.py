@@ -192,7 +192,7 @@ def test_golden_numbers(name, tmp_path):
         z = tokenizer.encode(ramp())
         found = digest(z, 2 * tokenizer.decode(z) - 1)
     for got, golden in zip(found, GOLDEN[name.split()[0]].values(), strict=True):
-        assert got == pytest.approx(golden, rel=2e-5, abs=2e-6)
+        assert got == pytest.approx(golden, rel=2e-5, abs=5e-5 * golden[-1])          # beside the root mean square: other CPUs sum in other orders
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,10 @@ from tiny import job, rec
 
 from vtp.job import Machine, launch, run_of
 from vtp.plan import plan
+from vtp.recipes import VTP, at
 from vtp.study import forecast, study, will_fit
 
-STEPS = 160
+STEPS = 80
 TWO, RANKS = Machine(jobs=2, workers=0, device="cpu"), Machine(procs=2, workers=0, device="cpu")
 
 
@@ -24,7 +25,7 @@ def stopped_at(jobs, machine):
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("number, machine", [(2, TWO), pytest.param(1, RANKS, marks=pytest.mark.slow)], ids=["two jobs", "two processes"])
 def test_what_runs_at_once_stops_together_and_goes_on(tmp_path, monkeypatch, number, machine):
-    jobs = [replace(job((rec(),)), steps=STEPS, seed=seed, log_every=STEPS // 2) for seed in range(number)]
+    jobs = [replace(at(VTP, "smoke"), steps=STEPS, seed=seed, log_every=STEPS // 2) for seed in range(number)]      # seconds of training, so that there is a middle
     assert all(0 < step < STEPS for step in stopped_at(jobs, machine))
     assert all(run.done for run in study(*jobs, scale="smoke", machine=machine, minutes=60))
     rows = [run_of(one).rows() for one in jobs]
