@@ -192,7 +192,7 @@ def test_golden_numbers(name, tmp_path):
         z = tokenizer.encode(ramp())
         found = digest(z, 2 * tokenizer.decode(z) - 1)
     for got, golden in zip(found, GOLDEN[name.split()[0]].values(), strict=True):
-        assert got == pytest.approx(golden, rel=2e-5, abs=5e-5 * golden[-1])          # beside the root mean square: other CPUs sum in other orders
+        assert got == pytest.approx(golden, rel=2e-5, abs=max(2e-6, 1e-5 * golden[-1]))       # beside the root mean square: CPUs that sum in another order were 5e-6 of it away
 
 
 @pytest.fixture(scope="module")

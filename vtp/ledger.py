@@ -75,8 +75,7 @@ def _compared(part:Part, rows:pd.DataFrame) -> Found:
     mine, metric = _of(rows, part.series), rows.metric.iloc[0]
     other = _of(rows, part.rival) if part.rival else None
     systems, notes = ([mine, other][:1 + bool(part.rival)], ()) if part.along else _last(mine, other)
-    tables = [_ends(table, part.along) if part.along else (table,) for table in systems]
-    tables = _alike(tables)
+    tables = _alike([_ends(table, part.along) if part.along else (table,) for table in systems])
     points = [(system * place, found) for system, ends in zip((1, -1), tables) for place, found in zip((-1, 1) if part.along else (1,), ends)]
     comparable(pd.concat([found for _, found in points]))
     value, low, high, seeds, over = gain(points, metric)

@@ -102,8 +102,6 @@ def will_fit(table:pd.DataFrame, minutes:float, found:dict[type, Throughput], wo
     rest = "" if fit == len(table) else f" The rest takes about {more} more command{'s' * (more > 1)} of {minutes:g} minutes; the same command goes on."
     return f"{fit} of {len(table)} jobs will be done in {minutes:g} minutes, all in about {total:,.2g}.{rest}{_waiting(table, workers)} Measured here: {known}. Evaluations, latents and second stages are taken at the same rate, evaluations and latents without loading: a rough forecast."
 
-
-
 # %% ../nbs/80d_study.ipynb #80fa47d0
 TARGET = assumed(790e12, .4, "what one large bf16 product reaches on an H200; the share is a target that no GPU has confirmed yet, see benchmarks")
 
@@ -112,9 +110,9 @@ def study(*jobs:Job, scale:str, machine:Machine=Machine(), minutes:float=0., roo
 
     At the `paper` scale the plan is displayed first, for devices of `room` bytes that make TARGET. With `minutes` what will fit is displayed, and once they are over what is running saves and stops: InterruptedError then says how much is left. Raises ValueError for negative minutes."""
     if minutes < 0: raise ValueError(f"minutes={minutes} must be positive, or 0 for no limit")
-    if scale == "paper": display(show(plan(jobs, machine, throughput=TARGET), room))
+    began, planned = time.monotonic(), plan(jobs, machine, throughput=TARGET) if minutes or scale == "paper" else ()
+    if scale == "paper": display(show(planned, room))
     if not minutes: return launch(*jobs, machine=machine)
-    began, planned = time.monotonic(), plan(jobs, machine)
     if planned:
         found = rates([p.job for p in planned], machine, min(3., 6 * minutes))
         display(Markdown(will_fit(forecast(planned, found, [loading(p.job) for p in planned], machine.workers), minutes, found, machine.workers)))
